@@ -1,0 +1,1 @@
+"""Measures, systems, latency and reports: where a team decides what to ship."""

@@ -1,0 +1,49 @@
+"""How numbers are written for people: one place for terminal, Markdown and HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NOT_APPLICABLE = "–"
+
+
+def quality(value: float) -> str:
+    """Return a measure with three decimals, such as ``0.872``."""
+    return f"{value:.3f}"
+
+
+def interval(bounds: Sequence[float]) -> str:
+    """Return an interval, such as ``0.860–0.884``."""
+    return f"{quality(bounds[0])}–{quality(bounds[1])}"
+
+
+def difference(value: float) -> str:
+    """Return a signed difference with a real minus sign, such as ``−0.012``."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def p_value(value: float) -> str:
+    """Return a p-value, never as zero."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def count(value: float | None) -> str:
+    """Return a count with an SI suffix, such as ``22.7 M``."""
+    if value is None:
+        return NOT_APPLICABLE
+    for limit, suffix in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{suffix}"
+    return f"{value:.0f}"
+
+
+def milliseconds(value: float | None) -> str:
+    """Return milliseconds with three significant digits, without unit."""
+    if value is None:
+        return NOT_APPLICABLE
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def whole(value: float | None) -> str:
+    """Return a whole number with thousands separators."""
+    return NOT_APPLICABLE if value is None else f"{value:,.0f}"

@@ -1,0 +1,130 @@
+"""Measures of a run against judgements, by ir_measures, over every judged query.
+
+Two things are decided here and not by the library. The order of documents is the run's own: the
+library gets ranks as scores, so its providers cannot disagree about ties (ir_measures#18). The
+denominator is the judgements' queries: a query that the run misses counts zero, so that a run cannot
+look better by answering less (BEIR's evaluator averages over the answered ones).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import ir_measures
+import numpy as np
+import numpy.typing as npt
+from ir_measures.measures import registry
+from ir_measures.measures.base import MeanAgg
+
+from retrieval_kd.collections.base import Qrels
+from retrieval_kd.errors import DataError
+from retrieval_kd.runs import Ranking, Run
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run is worth, query by query.
+
+    Attributes:
+        query_ids: Every judged query, in the order of the judgements.
+        values: Measure to float64 ``[len(query_ids)]``, aligned with ``query_ids``.
+        missing: Judged queries for which the run has no documents; they are in ``values`` as zeros.
+    """
+
+    query_ids: tuple[str, ...]
+    values: Mapping[str, Values]
+    missing: tuple[str, ...]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Return each measure's mean over all judged queries."""
+        return {measure: math.fsum(values) / len(self.query_ids) for measure, values in self.values.items()}
+
+
+def evaluate(run: Run, qrels: Qrels, measures: Sequence[str]) -> Evaluation:
+    """Measure a run.
+
+    Args:
+        run: Rankings by query id. Documents without a judgement count as not relevant.
+        qrels: The judgements; their queries are the denominator.
+        measures: ir_measures names, such as ``nDCG@10``, ``RR@10``, ``R@100``, ``Judged@10`` or
+            ``RR(rel=2)@10``.
+
+    Raises:
+        DataError: no judgements, an unknown measure (the message suggests the nearest), or a run
+            with a query that the judgements do not know (see :func:`restrict`).
+    """
+    if not qrels:
+        raise DataError(
+            "no judgements, so there is nothing to average over; give a split that judges at least one query"
+        )
+    for query_id in run:
+        if query_id not in qrels:
+            raise DataError(
+                f"the run answers query {query_id!r}, which the judgements do not have; "
+                "give the split the run was made for, or restrict the run to it"
+            )
+    parsed = {name: parse_measure(name) for name in measures}
+    query_ids = tuple(qrels)
+    row_of = {query_id: row for row, query_id in enumerate(query_ids)}
+    computed = {str(measure): np.zeros(len(query_ids)) for measure in parsed.values()}
+    for metric in _iter_calc(list(parsed.values()), qrels, run):
+        computed[str(metric.measure)][row_of[metric.query_id]] = metric.value
+    values = {name: computed[str(measure)] for name, measure in parsed.items()}
+    missing = tuple(query_id for query_id in query_ids if len(run.get(query_id, ())) == 0)
+    return Evaluation(query_ids, values, missing)
+
+
+def restrict(run: Run, qrels: Qrels) -> dict[str, Ranking]:
+    """Return the run without the queries that the judgements do not have."""
+    return {query_id: ranking for query_id, ranking in run.items() if query_id in qrels}
+
+
+def parse_measure(name: str) -> ir_measures.Measure:
+    """Return the ir_measures object of a name such as ``nDCG@10``.
+
+    Raises:
+        DataError: no such measure, an impossible cut-off or parameter, a count that has no mean, or
+            a measure whose provider is not installed.
+    """
+    try:
+        measure = ir_measures.parse_measure(name)
+        computable = ir_measures.DefaultPipeline.supports(measure)
+    except NameError:
+        raise DataError(f"unknown measure {name!r}{_suggestion(name)}") from None
+    except (ValueError, AssertionError):
+        raise DataError(f"measure {name!r} cannot be read; write it like nDCG@10 or RR(rel=2)@10") from None
+    cutoff = measure.params.get("cutoff", 1)
+    if not isinstance(cutoff, int) or cutoff < 1:
+        raise DataError(f"measure {name!r}: cut-off {cutoff} must be a whole number of at least 1")
+    if not isinstance(measure.aggregator(), MeanAgg):
+        raise DataError(f"measure {name!r} is a count without a mean; give one such as nDCG@10, RR@10 or R@100")
+    if not computable:
+        raise DataError(f"measure {name!r}: nothing installed computes it; see ir_measures for its provider")
+    return measure
+
+
+def _suggestion(name: str) -> str:
+    stem, at, cutoff = name.partition("@")
+    spellings: dict[str, str] = {}
+    for known in registry:
+        spellings.setdefault(known.casefold(), known)
+    nearest = difflib.get_close_matches(stem.casefold(), spellings, n=1)
+    if nearest:
+        return f", did you mean {spellings[nearest[0]] + at + cutoff!r}?"
+    return "; give one of ir_measures, such as nDCG@10, RR@10, R@100, AP or Judged@10"
+
+
+def _iter_calc(measures: Sequence[ir_measures.Measure], qrels: Qrels, run: Run) -> Iterator[ir_measures.Metric]:
+    # An empty ranking is left out: Judged@k would divide by its length, every measure counts it as zero anyway.
+    by_rank = {
+        query_id: {doc_id: -float(position) for position, doc_id in enumerate(ranking.doc_ids)}
+        for query_id, ranking in run.items()
+        if len(ranking)
+    }
+    yield from ir_measures.iter_calc(measures, {query_id: dict(judged) for query_id, judged in qrels.items()}, by_rank)

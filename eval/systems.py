@@ -1,0 +1,326 @@
+"""Systems under evaluation: whatever turns queries into rankings, behind one small protocol."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from eval.latency import Latency, encode_latency, latency
+from eval.measures import evaluate, parse_measure
+from eval.results import Facts, SystemResult
+from retrieval_kd.collections.base import Collection, Qrels
+from retrieval_kd.encoders.base import Encoder
+from retrieval_kd.errors import DataError
+from retrieval_kd.progress import progress, silence
+from retrieval_kd.runs import Ranking, Run, Scores, rank, read_trec
+
+if TYPE_CHECKING:
+    from index.search import Searcher
+    from retrieval_kd.mining.bm25 import BM25Index
+    from retrieval_kd.teachers.cross_encoder import CrossEncoder
+    from serve.client import RetrievalClient
+
+_BLOCK = 64
+
+
+class System(Protocol):
+    """Ranks documents for queries and knows what that costs."""
+
+    @property
+    def name(self) -> str:
+        """Return what tables print."""
+
+    @property
+    def role(self) -> str:
+        """Return ``bm25``, ``bi-encoder``, ``student``, ``reranker``, ``server`` or ``run``."""
+
+    def run(self, queries: Mapping[str, str], depth: int) -> Run:
+        """Return the best ``depth`` documents of each query; a query without results may be left out."""
+
+    def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
+        """Return the cost, timed on ``queries`` one at a time."""
+
+
+def assess(
+    system: System,
+    queries: Mapping[str, str],
+    qrels: Qrels,
+    measures: Sequence[str],
+    depth: int,
+    seed: int = 0,
+    timed: int = 100,
+) -> SystemResult:
+    """Run a system on a split, measure it, and time it on a sample of the same queries.
+
+    Args:
+        system: What is evaluated.
+        queries: Texts of the split's queries.
+        qrels: The split's judgements.
+        measures: ir_measures names.
+        depth: Documents retrieved for each query.
+        seed: Seed of the timed sample and of the bootstrap.
+        timed: Most queries to time; 0 times nothing.
+    """
+    # Before the run: a misspelt name must not cost an hour of reranking.
+    for name in measures:
+        parse_measure(name)
+    run = system.run(queries, depth)
+    rng = np.random.default_rng([seed, 2])
+    chosen = sorted(rng.choice(len(queries), size=min(timed, len(queries)), replace=False).tolist())
+    texts = list(queries.items())
+    facts = system.facts(dict(texts[i] for i in chosen), depth) if chosen else Facts()
+    return SystemResult.of(system.name, system.role, evaluate(run, qrels, measures), facts, run, seed)
+
+
+class BM25System:
+    """BM25 over a collection, see :mod:`retrieval_kd.mining.bm25` for its variant; indexed once, when first asked."""
+
+    role = "bm25"
+
+    def __init__(self, collection: Collection, name: str = "BM25 (lucene, k1 0.9, b 0.4)") -> None:
+        """Say what is searched."""
+        self.name = name
+        self._collection = collection
+
+    @functools.cached_property
+    def _index(self) -> BM25Index:
+        from retrieval_kd.mining.bm25 import BM25Index
+
+        return BM25Index.build(self._collection)
+
+    def run(self, queries: Mapping[str, str], depth: int) -> Run:
+        """Return BM25's rankings, without documents that share no word with the query."""
+        return self._index.search(queries, depth)
+
+    def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
+        """Time single queries; BM25 has no parameters and encodes nothing."""
+        whole = _query_latency(self, queries, depth)
+        return Facts(query_ms_p50=whole.p50_ms, query_ms_p95=whole.p95_ms)
+
+
+class IndexSystem:
+    """A query encoder over an index: a symmetric bi-encoder, or a student in the document encoder's space."""
+
+    def __init__(self, name: str, role: str, encoder: Encoder, searcher: Searcher) -> None:
+        """Put a query encoder before an index.
+
+        Raises:
+            EncoderMismatch: the encoder's vectors do not lie in the index's space.
+        """
+        searcher.check_query_encoder(encoder.card)
+        self.name = name
+        self.role = role
+        self._encoder = encoder
+        self._searcher = searcher
+
+    def run(self, queries: Mapping[str, str], depth: int) -> Run:
+        """Encode the queries and search."""
+        run: dict[str, Ranking] = {}
+        with progress(f"search {self.name}", len(queries), "queries") as advance:
+            for block in _blocks(queries):
+                vectors = self._encoder.encode([queries[query_id] for query_id in block], "query")
+                run.update(zip(block, self._searcher.search(vectors, depth), strict=True))
+                advance(len(block))
+        return run
+
+    def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
+        """Time encoding alone, and encoding with search."""
+        encoding = encode_latency(self._encoder, list(queries.values()))
+        whole = _query_latency(self, queries, depth)
+        return Facts(
+            params=self._encoder.card.parameters,
+            encode_ms_p50=encoding.p50_ms,
+            query_ms_p50=whole.p50_ms,
+            query_ms_p95=whole.p95_ms,
+            bytes_per_doc=self._searcher.bytes_per_doc,
+        )
+
+
+class RerankSystem:
+    """A cross-encoder that reorders the top of another system's rankings."""
+
+    role = "reranker"
+
+    def __init__(self, name: str, first: System, teacher: CrossEncoder, collection: Collection, depth: int) -> None:
+        """Say what is reranked.
+
+        Args:
+            name: What tables print.
+            first: The first stage.
+            teacher: The cross-encoder.
+            collection: Where texts are looked up.
+            depth: Ranks of the first stage that are scored; what lies below keeps its order below them.
+        """
+        self.name = name
+        self._first = first
+        self._teacher = teacher
+        self._collection = collection
+        self._depth = depth
+
+    def run(self, queries: Mapping[str, str], depth: int) -> Run:
+        """Rerank the first stage's rankings."""
+        first = self._first.run(queries, max(depth, self._depth))
+        total = sum(min(self._depth, len(ranking)) for ranking in first.values())
+        run: dict[str, Ranking] = {}
+        with progress(f"rerank {self.name}", total, "pairs") as advance:
+            for block in _blocks(first):
+                tops = {query_id: first[query_id].top(self._depth) for query_id in block}
+                texts = self._collection.contents({doc_id for top in tops.values() for doc_id in top.doc_ids})
+                pairs = [(queries[query_id], texts[doc_id]) for query_id, top in tops.items() for doc_id in top.doc_ids]
+                scores = self._teacher.score(pairs, on_rows=advance)
+                ends = np.cumsum([len(top) for top in tops.values()])[:-1]
+                for query_id, values in zip(block, np.split(scores, ends), strict=True):
+                    run[query_id] = reranked(first[query_id], values).top(depth)
+        return run
+
+    def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
+        """Time the reranking of one query's candidates; the first stage is not in it."""
+        first = self._first.run(queries, self._depth)
+        if not first:
+            return Facts(params=self._teacher.parameters)
+        stored = RunSystem("first stage", first)
+        alone = RerankSystem(self.name, stored, self._teacher, self._collection, self._depth)
+        whole = _query_latency(alone, {query_id: queries[query_id] for query_id in first}, depth)
+        return Facts(params=self._teacher.parameters, query_ms_p50=whole.p50_ms, query_ms_p95=whole.p95_ms)
+
+
+@dataclass(frozen=True)
+class ServerSystem:
+    """A running gRPC server that serves an index of the collection."""
+
+    name: str
+    client: RetrievalClient
+    collection: Collection
+    params: int | None = None
+    role: str = "server"
+
+    def run(self, queries: Mapping[str, str], depth: int) -> Run:
+        """Ask the server in batches.
+
+        Raises:
+            DataError: the server's index has another number of documents than the collection, it returns a
+                document the collection does not have, or its limits lie below ``depth``.
+        """
+        batch = min(_BLOCK, self._checked_batch_limit(depth))
+        run: dict[str, Ranking] = {}
+        with progress(f"ask {self.name}", len(queries), "queries") as advance:
+            for block in _blocks(queries, batch):
+                results = self.client.batch_search([queries[query_id] for query_id in block], top_k=depth)
+                for query_id, result in zip(block, results, strict=True):
+                    run[query_id] = rank([hit.doc_id for hit in result.hits], [hit.score for hit in result.hits])
+                advance(len(block))
+        unknown = _unknown_documents(run, self.collection)
+        if unknown:
+            raise DataError(
+                f"server {self.name!r} returned document {min(unknown)!r}, which {self.collection.name} does not have; "
+                "serve an index of that collection"
+            )
+        return run
+
+    def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
+        """Time single searches end to end: over the wire, encoding and search included."""
+        whole = latency(lambda text: self.client.search(text, top_k=depth), list(queries.values()))
+        return Facts(params=self.params, query_ms_p50=whole.p50_ms, query_ms_p95=whole.p95_ms)
+
+    def _checked_batch_limit(self, depth: int) -> int:
+        index = self.client.index()
+        documents = sum(1 for _ in self.collection.documents())
+        if index.document_count != documents:
+            raise DataError(
+                f"server {self.name!r} searches {index.document_count} documents (index {index.index_version}), "
+                f"collection {self.collection.name} has {documents}; serve an index of that collection"
+            )
+        limits = self.client.server_info().limits
+        if depth > limits.max_top_k:
+            raise DataError(
+                f"server {self.name!r} returns at most {limits.max_top_k} documents, depth is {depth}; "
+                "raise the server's max_top_k or lower the depth"
+            )
+        return limits.max_batch_queries
+
+
+@dataclass(frozen=True)
+class RunSystem:
+    """Rankings made elsewhere."""
+
+    name: str
+    rankings: Run
+    role: str = "run"
+
+    @classmethod
+    def read(cls, name: str, path: Path, collection: Collection, qrels: Qrels) -> RunSystem:
+        """Read a TREC run and check that it speaks of this collection and split.
+
+        Raises:
+            DataError: the file is malformed, answers a query that the split does not judge, or ranks a
+                document that the collection does not have; names file and line.
+        """
+        run = read_trec(path)
+        for query_id in run:
+            if query_id not in qrels:
+                raise DataError(
+                    f"{path}:{_line_of(path, 0, query_id)}: query {query_id!r} is not judged in this split; "
+                    "give a run of the same split"
+                )
+        unknown = _unknown_documents(run, collection)
+        if unknown:
+            doc_id = min(unknown)
+            raise DataError(
+                f"{path}:{_line_of(path, 2, doc_id)}: document {doc_id!r} is not in {collection.name} "
+                f"({len(unknown)} unknown in all); give a run over the same corpus"
+            )
+        return cls(name, run)
+
+    def run(self, queries: Mapping[str, str], depth: int) -> Run:
+        """Return the stored rankings of these queries."""
+        return {query_id: self.rankings[query_id].top(depth) for query_id in queries if query_id in self.rankings}
+
+    def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
+        """Return nothing: what made the run is not here."""
+        return Facts()
+
+
+def reranked(first: Ranking, scores: Scores) -> Ranking:
+    """Reorder the top of a ranking by new scores.
+
+    Args:
+        first: The first stage's ranking.
+        scores: float32 ``[n]``, the new scores of its first ``n`` documents. The others follow below
+            them in the first stage's order.
+    """
+    values = np.asarray(scores, dtype=np.float32)
+    lowest = values.min(initial=np.float32(0.0))
+    # Two float32 spacings, so that the tail stays apart however large the scores are.
+    step = max(1.0, 2.0 * float(np.spacing(np.abs(lowest))))
+    below = float(lowest) - step * np.arange(1, 1 + len(first) - len(values))
+    return rank(first.doc_ids, np.concatenate([values, below]))
+
+
+def _query_latency(system: System, queries: Mapping[str, str], depth: int) -> Latency:
+    """Time whole single queries of a system."""
+    with silence():
+        return latency(lambda item: system.run(dict([item]), depth), list(queries.items()))
+
+
+def _unknown_documents(run: Run, collection: Collection) -> set[str]:
+    """Return the ranked documents the collection does not have, streaming the corpus once."""
+    ranked = {doc_id for ranking in run.values() for doc_id in ranking.doc_ids}
+    for document in collection.documents():
+        ranked.discard(document.doc_id)
+    return ranked
+
+
+def _line_of(path: Path, column: int, value: str) -> int:
+    with path.open(encoding="utf-8") as file:
+        return next(number for number, line in enumerate(file, start=1) if line.split()[column : column + 1] == [value])
+
+
+def _blocks(query_ids: Iterable[str], size: int = _BLOCK) -> Iterator[list[str]]:
+    ids = list(query_ids)
+    for start in range(0, len(ids), size):
+        yield ids[start : start + size]

@@ -1,0 +1,97 @@
+"""The table of systems for a terminal and for a README, from a report's JSON."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eval import formats
+from eval.results import SystemResult
+
+Report = Mapping[str, Any]
+_NO_FOLDING = 1000
+
+
+def format_report(report: Report) -> str:
+    """Return a report as plain text: the table, what was averaged, and the notes."""
+    notes = "".join(f"\n- {note}" for note in report["notes"])
+    return f"{_table(report['systems'], report['measures'])}\n{caption(report)}{notes}"
+
+
+def format_table(systems: Sequence[SystemResult]) -> str:
+    """Return the systems as a plain-text table: means with half the width of their 95 % interval, then cost."""
+    return _table([system.to_json() for system in systems], list(systems[0].measures) if systems else [])
+
+
+def _table(rows: Sequence[Report], measures: Sequence[str]) -> str:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("system", no_wrap=True)
+    for heading in _headings(measures):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(row["name"], *(_plus_minus(row, measure) for measure in measures), *_costs(row))
+    # A fixed width and no colour: the same text in a terminal, a log file and a test.
+    console = Console(
+        file=io.StringIO(), width=_NO_FOLDING, color_system=None, force_terminal=False, legacy_windows=False
+    )
+    console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+
+
+def markdown_table(report: Report) -> str:
+    """Return the systems of a ``report.json`` as a Markdown table, with a line that says what was averaged."""
+    measures = report["measures"]
+    headings = _headings(measures)
+    lines = [
+        f"| system | {' | '.join(headings)} |",
+        f"|---|{'---:|' * len(headings)}",
+        *(
+            f"| {' | '.join([_escaped(row['name']), *(_with_interval(row, m) for m in measures), *_costs(row)])} |"
+            for row in report["systems"]
+        ),
+        "",
+        caption(report),
+    ]
+    return "\n".join(lines)
+
+
+def caption(report: Report) -> str:
+    """Return the sentence without which no number of a report may be quoted."""
+    queries = report["systems"][0]["queries"]
+    documents = "" if report["documents"] is None else f" over {report['documents']:,} documents"
+    return (
+        f"{report['collection']}, split {report['split']}: means over all {queries:,} judged queries{documents}, "
+        "with 95 % bootstrap intervals; a query without results counts as zero."
+    )
+
+
+def _headings(measures: Sequence[str]) -> list[str]:
+    return [*measures, "parameters", "encode ms", "query ms", "bytes/doc"]
+
+
+def _plus_minus(row: Report, measure: str) -> str:
+    low, high = row["intervals"][measure]
+    return f"{formats.quality(row[measure])} ±{formats.quality((high - low) / 2)}"
+
+
+def _with_interval(row: Report, measure: str) -> str:
+    return f"{formats.quality(row[measure])} ({formats.interval(row['intervals'][measure])})"
+
+
+def _costs(row: Report) -> list[str]:
+    return [
+        formats.count(row["params"]),
+        formats.milliseconds(row["encode_ms_p50"]),
+        formats.milliseconds(row["query_ms_p50"]),
+        formats.whole(row["bytes_per_doc"]),
+    ]
+
+
+def _escaped(name: str) -> str:
+    return name.replace("|", "\\|")

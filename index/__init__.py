@@ -1,0 +1,1 @@
+"""Offline index builds: versions on disk, published by rename, searched mapped."""

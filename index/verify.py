@@ -1,0 +1,55 @@
+"""Looking at a store: is every byte as it was published, and what is published."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from index.manifest import IndexManifest, check_files
+from index.search import Searcher
+from index.store import IndexStore
+
+
+def verify(store: Path) -> list[str]:
+    """Check every version of a store and open the current one.
+
+    Returns:
+        The names of the versions, oldest first.
+
+    Raises:
+        ArtifactError: nothing is published, or a file is missing, torn or changed; names the file.
+    """
+    Searcher.open(store)
+    versions = IndexStore(store).versions()
+    for version in versions:
+        check_files(version, IndexManifest.load(version))
+    return [version.name for version in versions]
+
+
+def inspect(store: Path) -> dict[str, Any]:
+    """Return what the current version holds, from its manifest alone, JSON-serialisable.
+
+    Raises:
+        ArtifactError: nothing is published, or the manifest is not as it was published.
+    """
+    current = IndexStore(store).current()
+    manifest = IndexManifest.load(current)
+    content = manifest.content
+    return {
+        "version": current.name,
+        "parent": manifest.parent,
+        "versions": [version.name for version in IndexStore(store).versions()],
+        "created_at": manifest.created_at,
+        "index": asdict(content.index),
+        "metric": content.metric,
+        "count": content.count,
+        "dimension": content.dimension,
+        "bytes": manifest.bytes,
+        "bytes_per_doc": manifest.bytes / content.count,
+        "document_encoder": content.document_encoder.to_json(),
+        "query_space": content.document_encoder.space_fingerprint,
+        "corpus_fingerprint": content.corpus_fingerprint,
+        "producers": dict(manifest.producers),
+        "files": [asdict(entry) for entry in manifest.files],
+    }

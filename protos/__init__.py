@@ -1,0 +1,1 @@
+"""The wire protocol and the modules generated from it."""

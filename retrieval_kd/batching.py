@@ -1,0 +1,73 @@
+"""Batches of similar length under a token budget: what every encoder and scorer here runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def length_sorted_batches(
+    lengths: Sequence[int] | npt.NDArray[np.integer], max_tokens: int, max_rows: int | None = None
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Split positions into batches, longest first, whose padded size stays under a budget.
+
+    Longest first means that a batch that does not fit in memory fails at once, not after an hour.
+    A single text longer than the budget forms a batch of its own.
+
+    Args:
+        lengths: Token count of each text.
+        max_tokens: Upper bound of rows times longest row.
+        max_rows: Upper bound of rows; none when None.
+
+    Yields:
+        int64 positions into ``lengths``; together each position exactly once.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    start = 0
+    while start < len(order):
+        longest = max(1, int(sizes[order[start]]))
+        rows = max(1, max_tokens // longest)
+        if max_rows is not None:
+            rows = min(rows, max_rows)
+        yield order[start : start + rows]
+        start += rows
+
+
+def equal_length_batches(
+    lengths: Sequence[int] | npt.NDArray[np.integer], max_tokens: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Split positions into batches of exactly one length under a token budget, longest first.
+
+    Nothing is padded, so a row's arithmetic cannot depend on the rows beside it.
+
+    Args:
+        lengths: Token count of each text.
+        max_tokens: Upper bound of rows times length; a longer text forms a batch of its own.
+
+    Yields:
+        int64 positions into ``lengths``; together each position exactly once.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    for group in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
+        if len(group):
+            rows = max(1, max_tokens // max(1, int(sizes[group[0]])))
+            yield from (group[start : start + rows] for start in range(0, len(group), rows))
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Right-pad token rows to the longest.
+
+    Returns:
+        ``(ids, mask)``, both int64 ``[len(rows), longest]``; the mask is 1 on tokens, 0 on padding.
+    """
+    longest = max((len(row) for row in rows), default=0)
+    ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return ids, mask

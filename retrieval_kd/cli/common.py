@@ -1,0 +1,69 @@
+"""What the verbs share: arguments, and how results are shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retrieval_kd.errors import ServeError
+
+if TYPE_CHECKING:
+    from retrieval_kd.stages import Workspace
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name (rkd recipes) or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as student.mode=symmetric."),
+]
+Artifacts = Annotated[Path, typer.Option("--artifacts", help="Where stages keep their results, shared between runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+ARTIFACTS = Path("runs/artifacts")
+
+
+def announce(sentence: str) -> None:
+    """Tell the person what is being done, on standard error."""
+    typer.echo(f"» {sentence}", err=True)
+
+
+def open_workspace(recipe: str, overrides: Sequence[str] | None, artifacts: Path) -> Workspace:
+    """Load a recipe with its overrides and prepare its stages."""
+    from retrieval_kd.recipes.loader import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from eval.measures import parse_measure
+    from retrieval_kd.stages import Workspace
+    from retrieval_kd.training.loop import check_losses
+
+    # Both are first used after hours of scoring and training.
+    check_losses(loaded.losses)
+    for measure in loaded.evaluation.measures:
+        parse_measure(measure)
+    return Workspace(loaded, artifacts, announce)
+
+
+def emit(result: Mapping[str, Any], as_json: bool) -> None:
+    """Print a result: JSON for machines, ``key  value`` lines for people."""
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+        return
+    width = max(map(len, result), default=0)
+    for key, value in result.items():
+        typer.echo(f"{key:<{width}}  {value}")
+
+
+def served_folder(store: Path, encoder: Path | None) -> tuple[Path, Path]:
+    """Return index store and query encoder; a run's folder has both.
+
+    Raises:
+        ServeError: ``store`` is not a run's folder and no encoder was named.
+    """
+    index = store / "index" if (store / "index").is_dir() else store
+    if encoder is not None:
+        return index, encoder
+    if index != store and (store / "encoder").is_dir():
+        return index, store / "encoder"
+    raise ServeError(f"{store}: not a run's folder, so the query encoder is unknown; name it with --encoder")

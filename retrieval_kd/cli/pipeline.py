@@ -1,0 +1,288 @@
+"""From a recipe's stages to its report: indexes, a served student, every system measured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from eval.report import write_report
+from eval.results import SystemResult
+from eval.systems import BM25System, IndexSystem, RerankSystem, RunSystem, ServerSystem, System, assess, reranked
+from eval.tables import format_report
+from index.build import build_index
+from index.search import Searcher
+from retrieval_kd.artifacts import MANIFEST, Spec, atomic_write, build, file_sha256, fingerprint
+from retrieval_kd.collections.base import split_queries
+from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.encoders.onnx import OnnxEncoder
+from retrieval_kd.encoders.resolve import resolve_model
+from retrieval_kd.errors import ServeError
+from retrieval_kd.recipes.loader import resolved, to_yaml
+from retrieval_kd.runs import Ranking, Run, Shortlist
+from retrieval_kd.stages import Workspace
+from serve.client import Hit, RetrievalClient
+
+if TYPE_CHECKING:
+    from eval.results import Facts
+
+INDEX = "index"
+ENCODER = "encoder"
+STUDENT = "student"
+TEACHER = "teacher"
+DOCUMENT_ENCODER = "document-encoder"
+
+
+def run_recipe(workspace: Workspace, out: Path, command: str) -> dict[str, Any]:
+    """Run every stage of a recipe, evaluate what came out, and write the report into ``out``.
+
+    ``out`` also gets links to the teacher, the document encoder, the trained student, its exported encoder
+    and its index store, so that ``rkd serve OUT`` works.
+
+    Returns:
+        The content of ``report.json``.
+    """
+    recipe = workspace.recipe
+    spec = Spec(
+        "report",
+        config=resolved(recipe),
+        inputs={"collection": workspace.collection.fingerprint, **_models(workspace)},
+        seed=recipe.seed,
+    )
+
+    def work(folder: Path) -> Mapping[str, Any]:
+        with atomic_write(folder / "recipe.yaml") as file:
+            file.write(to_yaml(recipe))
+        _evaluate(workspace, folder, command)
+        return {name: os.path.relpath(target, folder) for name, target in _links(workspace).items()}
+
+    artifact = build(out, spec, work)
+    if not all((out / target).exists() for target in artifact.summary.values()):
+        # The report is whole but what it speaks of was deleted: without its manifest it is made again.
+        (out / MANIFEST).unlink()
+        artifact = build(out, spec, work)
+    for name, target in artifact.summary.items():
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(target, target_is_directory=True)
+    report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def show_report(report: Mapping[str, Any], out: Path, as_json: bool) -> None:
+    """Print the report: JSON for machines, the table and its notes for people."""
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+        return
+    typer.echo(format_report(report))
+    typer.echo(f"\n{out / 'report.html'}")
+
+
+def ask_served(out: Path, text: str, k: int = 5) -> tuple[Hit, ...]:
+    """Serve a run's folder for one question."""
+    with serving(out / INDEX, out / ENCODER) as target, RetrievalClient(target) as client:
+        return client.search(text=text, top_k=k).hits
+
+
+@contextlib.contextmanager
+def serving(store: Path, encoder: Path) -> Iterator[str]:
+    """Run ``rkd serve`` on a free port in a process of its own and yield its address.
+
+    Raises:
+        ServeError: the server did not start; its own message says why.
+    """
+    verb = [sys.executable, "-m", "retrieval_kd.cli.main", "serve", str(store), "--encoder", str(encoder)]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen([*verb, "--port", "0", "--json"], stdout=subprocess.PIPE, stderr=errors, text=True) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            line = server.stdout.readline()
+            if not line:
+                server.wait()
+                errors.seek(0)
+                said = errors.read().strip().splitlines() or ["no message"]
+                raise ServeError(f"the server did not start: {said[-1]}")
+            yield f"127.0.0.1:{json.loads(line)['port']}"
+        finally:
+            server.terminate()
+
+
+def _evaluate(workspace: Workspace, folder: Path, command: str) -> None:
+    recipe = workspace.recipe
+    split = recipe.evaluation.split
+    queries = split_queries(workspace.collection, split)
+    qrels = workspace.collection.qrels(split)
+    student = workspace.student
+
+    def measured(system: System) -> SystemResult:
+        typer.echo(f"» evaluate {system.name}", err=True)
+        return assess(system, queries, qrels, recipe.evaluation.measures, recipe.evaluation.depth, recipe.seed)
+
+    mode = recipe.student.mode
+    bm25 = measured(BM25System(workspace.collection))
+    baseline = measured(_over_index(workspace, workspace.encoder, workspace.encoder.card.name, "bi-encoder"))
+    rerankers = (
+        [measured(system) for system in _rerankers(workspace, bm25.run or {}, queries)]
+        if workspace.needs_teacher
+        else []
+    )
+    start = measured(_over_index(workspace, workspace.undistilled, f"layer cut, undistilled ({mode})", "start"))
+    offline = measured(_over_index(workspace, student, f"{recipe.name} student ({mode})", "student"))
+    with serving(_store(workspace), workspace.student_export) as target, RetrievalClient(target) as client:
+        served = measured(
+            ServerSystem(f"{recipe.name} student ({mode}), gRPC", client, workspace.collection, student.card.parameters)
+        )
+    require_same_top_ten(offline.run or {}, served.run or {})
+    write_report(
+        folder,
+        collection=workspace.collection.name,
+        split=split,
+        systems=[bm25, baseline, *rerankers, start, offline, served],
+        documents=len(workspace.corpus.ids),
+        baseline=baseline.name,
+        training={offline.name: workspace.student_folder / "metrics.jsonl"},
+        provenance={"command": command, "recipe": resolved(recipe), "collection": workspace.collection.fingerprint},
+        notes=_notes(baseline, rerankers, start, offline, len(queries)),
+        seed=recipe.seed,
+    )
+
+
+def require_same_top_ten(offline: Run, served: Run) -> None:
+    """Refuse a server that ranks otherwise than the offline path: the product's one promise.
+
+    Raises:
+        ServeError: names the first query whose top ten differ.
+    """
+    for query_id, ranking in offline.items():
+        answered = served.get(query_id)
+        if answered is None or answered.doc_ids[:10] != ranking.doc_ids[:10]:
+            raise ServeError(f"query {query_id!r}: served and offline top ten differ; run with --debug and report it")
+
+
+def _over_index(workspace: Workspace, encoder: OnnxEncoder, name: str, role: str) -> IndexSystem:
+    return IndexSystem(name, role, encoder, Searcher.open(_version(workspace, encoder)))
+
+
+def _version(workspace: Workspace, encoder: OnnxEncoder) -> Path:
+    """Build the index that an encoder's queries search and return its version folder."""
+    return build_index(
+        _documents_for(workspace, encoder), workspace.recipe.index, _store(workspace, encoder), encoder.card
+    )
+
+
+def _store(workspace: Workspace, encoder: OnnxEncoder | None = None) -> Path:
+    corpus = _documents_for(workspace, encoder or workspace.student)
+    return workspace.root / f"index-{corpus.fingerprint[:12]}"
+
+
+def _documents_for(workspace: Workspace, encoder: OnnxEncoder) -> EncodedCorpus:
+    """Return the corpus in the encoder's space: its own vectors, or those of the encoder it was distilled into."""
+    if encoder.card.space_fingerprint == workspace.encoder.card.space_fingerprint:
+        return workspace.corpus
+    return workspace.encoded_by(encoder)
+
+
+@dataclass(frozen=True)
+class _ScoredRerank:
+    """A reranker whose scores come from the score store, so that a killed evaluation does not score twice."""
+
+    name: str
+    scored: Run
+    timed: RerankSystem
+    role: str = "reranker"
+
+    def run(self, queries: Mapping[str, str], depth: int) -> Run:
+        """Return the stored rankings."""
+        return {query_id: ranking.top(depth) for query_id, ranking in self.scored.items() if query_id in queries}
+
+    def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
+        """Time real scoring."""
+        return self.timed.facts(queries, depth)
+
+
+def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> Iterator[System]:
+    """Yield the teacher over BM25's top documents: the cross-encoder alone, then the ensemble if there is one."""
+    from retrieval_kd.scores.normalise import combine
+
+    recipe = workspace.recipe
+    depth = recipe.evaluation.rerank_depth
+    tops = {query_id: ranking.top(depth) for query_id, ranking in first.items() if len(ranking)}
+    lists = [Shortlist(query_id, top.doc_ids) for query_id, top in tops.items()]
+    scores = workspace.cross_encoder_scores(lists)
+    timed = RerankSystem(
+        "timed",
+        RunSystem("BM25", first),
+        workspace.cross_encoder,
+        workspace.collection,
+        depth,
+    )
+
+    def system(name: str, values: list[Any]) -> System:
+        rankings: dict[str, Ranking] = {
+            query_id: reranked(first[query_id], list_scores) for query_id, list_scores in zip(tops, values, strict=True)
+        }
+        return _ScoredRerank(f"{name} over BM25 top-{depth}", rankings, timed)
+
+    yield system("cross-encoder", scores)
+    teacher = recipe.teacher
+    if teacher.encoder_weight > 0 and teacher.cross_encoder_weight > 0:
+        vectors = workspace.encoded_queries(queries)
+        members = zip(scores, workspace.encoder_scores(lists, vectors), strict=True)
+        weights = (teacher.cross_encoder_weight, teacher.encoder_weight)
+        yield system("teacher ensemble", [combine(pair, weights, teacher.normalise) for pair in members])
+
+
+def _notes(
+    baseline: SystemResult, rerankers: list[SystemResult], start: SystemResult, student: SystemResult, queries: int
+) -> list[str]:
+    """Say in words what the table shows, the unflattering part included."""
+    measure = next(iter(baseline.measures))
+    # A baseline that finds nothing leaves nothing to keep.
+    whole = baseline.measures[measure] or 1.0
+    kept, undistilled = student.measures[measure] / whole, start.measures[measure] / whole
+    notes = [
+        f"The student keeps {kept:.1%} of {baseline.name}'s {measure}; its undistilled layer cut {undistilled:.1%}.",
+        f"The served student ranked the same ten documents as the offline one for all {queries:,} queries.",
+    ]
+    notes.extend(
+        f"The {system.name} ({system.measures[measure]:.3f}) is weaker here than {baseline.name} over the whole corpus "
+        f"({baseline.measures[measure]:.3f})."
+        for system in rerankers
+        if system.measures[measure] < baseline.measures[measure]
+    )
+    return notes
+
+
+def _models(workspace: Workspace) -> dict[str, str]:
+    """Return the hashes of the models a recipe names, which may change under the same name."""
+    recipe = workspace.recipe
+    start = recipe.teacher.fine_tune.start if recipe.teacher.fine_tune else ""
+    names = {"encoder": recipe.encoder.model, "teacher": recipe.teacher.model, "teacher start": start}
+    return {role: _folder_hash(resolve_model(name)) for role, name in names.items() if name}
+
+
+def _folder_hash(folder: Path) -> str:
+    """Hash a model's weights, tokenizer and configuration."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json"))
+    return fingerprint({str(path.relative_to(folder)): file_sha256(path) for path in files})
+
+
+def _links(workspace: Workspace) -> dict[str, Path]:
+    """Return what a run's folder links to, by the link's name."""
+    links = {
+        INDEX: _store(workspace),
+        ENCODER: workspace.student_export,
+        STUDENT: workspace.student_folder,
+        DOCUMENT_ENCODER: workspace.encoder_export,
+    }
+    return {**links, TEACHER: workspace.teacher_folder} if workspace.needs_teacher else links

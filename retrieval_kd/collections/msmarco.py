@@ -1,0 +1,187 @@
+"""A folder in MS MARCO passage layout: ``collection.tsv``, ``queries.SPLIT.tsv``, ``qrels.SPLIT.tsv``.
+
+File formats: https://microsoft.github.io/msmarco/Datasets (passage ranking).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+from retrieval_kd.artifacts import file_sha256, fingerprint
+from retrieval_kd.collections.base import Document, Qrels
+from retrieval_kd.collections.files import (
+    CorpusFile,
+    Judgement,
+    Line,
+    checked_id,
+    collect_qrels,
+    in_split_order,
+    read_lines,
+    require_split,
+)
+from retrieval_kd.errors import DataError
+from retrieval_kd.runs import Ranking, rank
+
+CORPUS = "collection.tsv"
+
+
+class MsMarcoCollection:
+    """A collection in MS MARCO layout; each file is read when it is first needed.
+
+    A query may stand in several ``queries.SPLIT.tsv`` (``dev`` and ``dev.small`` overlap) if its text is
+    the same; queries without judgements (``eval``) are texts that no split uses.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take the folder.
+
+        Raises:
+            DataError: one of the layout's files is missing.
+        """
+        for pattern in (CORPUS, "queries.*.tsv", "qrels.*.tsv"):
+            if not any(folder.glob(pattern)):
+                raise DataError(
+                    f"{folder / pattern}: missing; MS MARCO layout has {CORPUS}, queries.SPLIT.tsv and qrels.SPLIT.tsv"
+                )
+        self._folder = folder
+        self._corpus = CorpusFile(folder / CORPUS, _document)
+        self._qrels: dict[str, Qrels] = {}
+
+    @property
+    def name(self) -> str:
+        """Return the folder's name."""
+        return self._folder.resolve().name
+
+    @property
+    def corpus_fingerprint(self) -> str:
+        """Return the sha256 of the collection file."""
+        return self._corpus.sha256
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return the sha256 over the sha256 of collection, queries and qrels files."""
+        tables = (*self._query_paths(), *(self._qrels_path(split) for split in self.splits()))
+        return fingerprint(
+            {"corpus": self.corpus_fingerprint, "tables": {path.name: file_sha256(path) for path in tables}}
+        )
+
+    def documents(self) -> Iterator[Document]:
+        """Stream the passages in the order of the file."""
+        return self._corpus.documents()
+
+    def contents(self, doc_ids: Iterable[str]) -> dict[str, str]:
+        """Return the passage of each id; an unknown id is a :class:`DataError`."""
+        return self._corpus.contents(doc_ids)
+
+    def queries(self) -> Mapping[str, str]:
+        """Return query id to text, all files together.
+
+        Raises:
+            DataError: malformed line, an id with two texts, or an empty text; names file and line.
+        """
+        return self._queries
+
+    def splits(self) -> tuple[str, ...]:
+        """Return SPLIT of each ``qrels.SPLIT.tsv``."""
+        names = (path.name.removeprefix("qrels.").removesuffix(".tsv") for path in self._folder.glob("qrels.*.tsv"))
+        return in_split_order(names)
+
+    def qrels(self, split: str) -> Qrels:
+        """Return the judgements of a split.
+
+        Raises:
+            DataError: the split does not exist, or a row is wrong; names file and line.
+        """
+        require_split(self.name, split, self.splits())
+        if split not in self._qrels:
+            path = self._qrels_path(split)
+            self._qrels[split] = collect_qrels(str(path), _judgements(path), self._queries, self._corpus.offsets)
+        return self._qrels[split]
+
+    @cached_property
+    def _queries(self) -> dict[str, str]:
+        queries: dict[str, str] = {}
+        for path in self._query_paths():
+            of_file: set[str] = set()
+            for line in read_lines(path):
+                query_id, text = _columns(line, 2, "query-id text")
+                checked_id(query_id, line.where, "query")
+                if query_id in of_file:
+                    raise DataError(f"{line.where}: query id {query_id!r} occurs twice; keep one of the lines")
+                if not text.strip():
+                    raise DataError(f"{line.where}: query {query_id!r} has an empty text; drop it and its judgements")
+                if queries.setdefault(query_id, text) != text:
+                    raise DataError(f"{line.where}: query {query_id!r} has another text in another queries file")
+                of_file.add(query_id)
+        return queries
+
+    def _query_paths(self) -> list[Path]:
+        return sorted(self._folder.glob("queries.*.tsv"))
+
+    def _qrels_path(self, split: str) -> Path:
+        return self._folder / f"qrels.{split}.tsv"
+
+
+def read_top1000(path: Path) -> dict[str, Ranking]:
+    """Read a ``top1000`` file or an MS MARCO run as a first stage's run.
+
+    Two columns are ``query-id passage-id`` and four are ``query-id passage-id query passage``, both in
+    the order of the file; three are ``query-id passage-id rank``. The file has no scores, so a
+    document's score is one over its place.
+
+    Args:
+        path: The file, columns between tabs.
+
+    Raises:
+        DataError: another number of columns, a rank that is not a positive integer, or a pair that
+            occurs twice; names file and line.
+    """
+    places: dict[str, dict[str, int]] = {}
+    for line in read_lines(path):
+        columns = line.text.split("\t")
+        if len(columns) not in (2, 3, 4):
+            raise DataError(
+                f"{line.where}: {len(columns)} columns; give query-id passage-id, a third with the rank, or the four "
+                "of a top1000 file, between tabs"
+            )
+        query_id = checked_id(columns[0], line.where, "query")
+        doc_id = checked_id(columns[1], line.where, "document")
+        of_query = places.setdefault(query_id, {})
+        if doc_id in of_query:
+            raise DataError(f"{line.where}: query {query_id!r} lists document {doc_id!r} twice; keep one line")
+        of_query[doc_id] = _rank(columns[2], line.where) if len(columns) == 3 else len(of_query) + 1
+    return {
+        query_id: rank(list(of_query), [1.0 / place for place in of_query.values()])
+        for query_id, of_query in places.items()
+    }
+
+
+def _rank(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise DataError(f"{where}: rank {text!r} is not a positive integer; the third column is the rank")
+    return int(text)
+
+
+def _document(text: str, where: str) -> Document:
+    doc_id, separator, body = text.partition("\t")
+    if not separator:
+        raise DataError(f"{where}: no tab; a line is passage-id, tab, text")
+    return Document(checked_id(doc_id, where, "document"), "", body)
+
+
+def _columns(line: Line, count: int, names: str) -> list[str]:
+    columns = line.text.split("\t")
+    if len(columns) != count:
+        raise DataError(f"{line.where}: {len(columns)} columns instead of {count}: {names}, between tabs")
+    return columns
+
+
+def _judgements(path: Path) -> Iterator[Judgement]:
+    for line in read_lines(path):
+        # Published qrels use tabs (train, dev) or spaces (TREC); ids have neither.
+        columns = line.text.split()
+        if len(columns) != 4:
+            raise DataError(f"{line.where}: {len(columns)} columns, TREC qrels have 4: query-id 0 passage-id grade")
+        yield Judgement(line.where, columns[0], columns[2], columns[3])

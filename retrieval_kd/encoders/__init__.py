@@ -1,0 +1,1 @@
+"""Encoders, their identity card, and the corpus encoded once."""

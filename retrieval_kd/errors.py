@@ -1,0 +1,54 @@
+"""Errors a user can act on.
+
+Every message is one line: what is wrong, where (file, line or id), what to do.
+
+    RkdError
+    ├── DataError        a collection, run, qrels or score file is not what it claims to be
+    ├── RecipeError      a recipe has an unknown key, an impossible value, or names what does not exist
+    ├── ArtifactError    a stage's folder is missing, torn, or made by something else
+    ├── EncoderMismatch  two encoders do not share a vector space
+    ├── ParityError      an exported model does not reproduce the model it came from
+    └── ServeError       the server cannot start or a client call failed
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RkdError(Exception):
+    """Base of every error whose message is meant for the user; the command line exits with 1."""
+
+
+class DataError(RkdError):
+    """A collection, run, qrels or score file is not what it claims to be."""
+
+
+class RecipeError(RkdError):
+    """A recipe has an unknown key, an impossible value, or names something that does not exist."""
+
+
+class ArtifactError(RkdError):
+    """A stage's folder is missing, torn, or was made by another stage."""
+
+
+class EncoderMismatch(RkdError):
+    """Two encoders do not share a vector space, so their dot products mean nothing."""
+
+
+class ParityError(RkdError):
+    """An exported model does not reproduce the model it came from."""
+
+
+class ServeError(RkdError):
+    """The server cannot start, or a call to it failed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``", did you mean 'x'?"`` for the nearest known name, else the list of known names."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if nearest:
+        return f", did you mean {nearest[0]!r}?"
+    return f"; known: {', '.join(names)}"

@@ -1,0 +1,72 @@
+"""From torch to ONNX: one graph from token ids to the vector, through the parity gate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import onnx
+
+from retrieval_kd.artifacts import Artifact, Spec, atomic_write, build, fingerprint
+from retrieval_kd.encoders.base import TOKENIZER
+from retrieval_kd.encoders.onnx import INPUTS, MODEL, OUTPUT, STAGE, OnnxEncoder, open_session
+from retrieval_kd.encoders.torch_encoder import TorchEncoder
+from retrieval_kd.export.graph import OPSET, fuse, trace
+from retrieval_kd.export.parity import Parity, Probes, measure_parity
+from retrieval_kd.recipes.schema import ExportSpec
+
+__all__ = ["Parity", "Probes", "export_encoder"]
+
+
+def export_encoder(encoder: TorchEncoder, folder: Path, gate: ExportSpec, probes: Probes) -> Artifact:
+    """Write an encoder as an ONNX artifact that reproduces it.
+
+    The artifact has ``model.onnx`` (int64 ``input_ids`` and ``attention_mask`` ``[B, L]`` to float32
+    ``sentence_embedding`` ``[B, d]``), ``tokenizer.json`` and ``card.json``; its summary has the
+    measured parity.
+
+    Args:
+        encoder: The encoder; it is not changed.
+        folder: Where the artifact goes.
+        gate: How far the export may be from torch.
+        probes: Real texts to compare on.
+
+    Raises:
+        ParityError: the export is outside the gate; no artifact is left.
+        DataError: the probes have no text that the encoder encodes.
+    """
+    card = encoder.refresh_card()
+    spec = Spec(
+        stage=STAGE,
+        config={**dataclasses.asdict(gate), "opset": OPSET},
+        inputs={"encoder": fingerprint(card.to_json()), "probes": probes.fingerprint},
+    )
+
+    def work(target: Path) -> Mapping[str, Any]:
+        model, parity = _reproducing(encoder, gate, probes)
+        for name, content in ((MODEL, model), (TOKENIZER, encoder.tokenizer_files[TOKENIZER])):
+            with atomic_write(target / name, "wb") as file:
+                file.write(content)
+        card.save(target)
+        return dataclasses.asdict(parity)
+
+    return build(folder, spec, work)
+
+
+def _reproducing(encoder: TorchEncoder, gate: ExportSpec, probes: Probes) -> tuple[bytes, Parity]:
+    """Return the fused graph if it passes the gate, else the plain one, else raise :class:`ParityError`."""
+    plain = trace(encoder, INPUTS, OUTPUT)
+    fused = fuse(plain, cast("Any", encoder.body.config))
+    parity = _measure(fused, encoder, probes)
+    if parity.failure(gate) is None:
+        return fused.SerializeToString(), parity
+    parity = _measure(plain, encoder, probes)
+    parity.require(gate)
+    return plain.SerializeToString(), parity
+
+
+def _measure(graph: onnx.ModelProto, encoder: TorchEncoder, probes: Probes) -> Parity:
+    exported = OnnxEncoder(open_session(graph.SerializeToString()), encoder.tokenizer, encoder.card)
+    return measure_parity(encoder, exported, probes)

@@ -1,0 +1,1 @@
+"""Distillation losses: pure functions over tensors, composed by the recipe."""

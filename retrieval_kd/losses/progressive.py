@@ -1,0 +1,56 @@
+"""PROD: a row of ever stronger teachers, without forgetting the stage before."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retrieval_kd.losses.checks import Fraction, Positive, validated
+from retrieval_kd.losses.listwise import cross_entropy, listwise_kl
+
+
+@validated
+def prod(
+    student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: Positive = 4.0, label_weight: Fraction = 0.1
+) -> Tensor:
+    """label_weight cross-entropy (column 0) + (1 - label_weight) T^2 KL(teacher/T || student/T).
+
+    Args:
+        student: float [B, L].
+        teacher: float [B, L].
+        mask: bool [B, L].
+        temperature: T, of both sides; the cross-entropy has none.
+        label_weight: Weight of the cross-entropy.
+
+    Source: PROD (Lin et al. 2023, arXiv 2209.13335).
+    """
+    return label_weight * cross_entropy(student, mask) + (1 - label_weight) * _tempered(
+        student, teacher, mask, temperature
+    )
+
+
+@validated
+def learning_without_forgetting(
+    student: Tensor, previous: Tensor, mask: Tensor, *, temperature: Positive = 4.0
+) -> Tensor:
+    """T^2 KL(previous/T || student/T): hold on to what the student knew as the stage began; 0 at its first step.
+
+    Args:
+        student: float [B, L].
+        previous: float [B, L], scores of the frozen copy.
+        mask: bool [B, L].
+        temperature: T, of both sides.
+
+    Source: PROD, its regulariser, after Li and Hoiem 2016.
+    """
+    return _tempered(student, previous, mask, temperature)
+
+
+def _tempered(student: Tensor, target: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    return listwise_kl(
+        student,
+        target,
+        mask,
+        student_temperature=temperature,
+        teacher_temperature=temperature,
+        square_temperature=True,
+    )

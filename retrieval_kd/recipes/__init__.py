@@ -1,0 +1,1 @@
+"""The recipe schema, its strict loader, and the recipes shipped with the package."""

@@ -1,0 +1,101 @@
+"""A student: chosen layers of an encoder, in the space it is to learn."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from retrieval_kd.encoders.card import EncoderCard
+from retrieval_kd.encoders.torch_encoder import TorchEncoder, empty_linear
+from retrieval_kd.errors import RecipeError
+from retrieval_kd.recipes.schema import StudentSpec
+
+
+def build_student(start: TorchEncoder, spec: StudentSpec, target: EncoderCard) -> TorchEncoder:
+    """Copy chosen layers of an encoder into a smaller one.
+
+    A projection starts as the identity, or as a random orthonormal map where widths differ, so that the
+    student begins where its layers leave off. All layers and no projection give the start's vectors.
+
+    Args:
+        start: The encoder the layers come from; it shares nothing with the student.
+        spec: Mode, layers, pooling, projection and dropout.
+        target: The encoder whose width, and in asymmetric mode whose space, the student learns.
+
+    Returns:
+        The student: a query encoder in the target's space, or a symmetric encoder of its own.
+
+    Raises:
+        RecipeError: a layer that ``start`` does not have.
+    """
+    body = copy.deepcopy(start.body)
+    _keep_layers(body, spec.layers)
+    _set_dropout(body, spec.dropout)
+    width = cast("Any", body.config).hidden_size
+    projection = copy.deepcopy(start.projection)
+    if projection is not None and projection.out_features != target.dimension:
+        projection = None
+    if projection is None and (spec.projection or width != target.dimension):
+        projection = _undisturbing(width, target.dimension)
+    card = replace(
+        start.card,
+        name=f"{start.card.name}-{len(spec.layers)}-layers",
+        layers=len(spec.layers),
+        pooling=spec.pooling,
+        normalize=target.normalize,
+        similarity=target.similarity,
+        dimensions=(target.dimension,),
+        role="symmetric",
+        space="",
+    )
+    if spec.mode == "asymmetric":
+        card = card.in_space_of(target, "query")
+    student = TorchEncoder(body, projection, start.tokenizer_files, card)
+    student.refresh_card()
+    return student
+
+
+def _keep_layers(body: nn.Module, layers: tuple[int, ...]) -> None:
+    config = cast("Any", body.config)
+    stack = _layers(body, config.num_hidden_layers)
+    if layers[-1] >= len(stack):
+        raise RecipeError(
+            f"student.layers: no layer {layers[-1]}, the encoder has {len(stack)} layers, 0 to {len(stack) - 1}"
+        )
+    kept = [stack[number] for number in layers]
+    del stack[:]
+    stack.extend(kept)
+    config.num_hidden_layers = len(kept)
+
+
+def _layers(body: nn.Module, count: int) -> nn.ModuleList:
+    """Find the stack of layers, whatever a family of transformers calls it."""
+    for module in body.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise RecipeError(f"student.layers: {type(body).__name__} has no list of {count} layers to choose from")
+
+
+def _set_dropout(body: nn.Module, rate: float) -> None:
+    for module in body.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+    config = cast("Any", body.config)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
+        if isinstance(getattr(config, name, None), float):
+            setattr(config, name, rate)
+
+
+def _undisturbing(width: int, dimension: int) -> nn.Linear:
+    projection = empty_linear(width, dimension)
+    nn.init.zeros_(projection.bias)
+    if width == dimension:
+        nn.init.eye_(projection.weight)
+    else:
+        # The one draw of a build; a fixed generator keeps a student a function of its recipe alone.
+        nn.init.orthogonal_(projection.weight, generator=torch.Generator().manual_seed(0))
+    return projection

@@ -1,0 +1,1 @@
+"""Rankers that are slow and right, and the fine-tuning of one."""

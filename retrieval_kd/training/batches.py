@@ -1,0 +1,106 @@
+"""What one step trains on: ragged candidate lists over the documents of a batch, each document once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from retrieval_kd.collections.base import Qrels
+from retrieval_kd.encoders.base import Vectors
+from retrieval_kd.errors import DataError
+from retrieval_kd.mining.candidates import CandidateList
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The queries of a training run with their candidates and the teacher's opinion of them.
+
+    Attributes:
+        lists: One candidate list a query.
+        texts: Query id to text.
+        teacher: One float32 array a list, aligned with its documents; None when no loss asks for it.
+        qrels: The train split's judgements, for in-batch positives.
+        query_targets: float32 ``[len(lists), d]``, the vectors that embedding losses regress onto.
+    """
+
+    lists: Sequence[CandidateList]
+    texts: Mapping[str, str]
+    teacher: Sequence[npt.NDArray[np.float32]] | None
+    qrels: Qrels
+    query_targets: Vectors
+
+    def __post_init__(self) -> None:
+        """Refuse parts that do not belong together."""
+        teacher = self.teacher if self.teacher is not None else [item.doc_ids for item in self.lists]
+        sizes = {len(self.lists), len(teacher), len(self.query_targets)}
+        if len(sizes) != 1 or not self.lists:
+            raise DataError(
+                f"training set: {sorted(sizes)} lists, scores and targets; make all from the same candidates"
+            )
+        for item, scores in zip(self.lists, teacher, strict=True):
+            if len(scores) != len(item.doc_ids):
+                raise DataError(
+                    f"query {item.query_id!r}: {len(item.doc_ids)} candidates, {len(scores)} teacher scores"
+                )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's queries against the documents they share.
+
+    Attributes:
+        rows: Positions of the queries in the training set, int64 ``[B]``.
+        doc_ids: The ``C`` distinct documents of all lists, in order of first appearance.
+        columns: Position of each candidate among ``doc_ids``, int64 ``[B, L]``; 0 where masked.
+        mask: True on real candidates, bool ``[B, L]``.
+        teacher: The teacher's scores, float32 ``[B, L]``; 0 where masked, None without a teacher.
+        positives: Which of the batch's documents are judged relevant, bool ``[B, C]``.
+    """
+
+    rows: npt.NDArray[np.int64]
+    doc_ids: tuple[str, ...]
+    columns: Tensor
+    mask: Tensor
+    teacher: Tensor | None
+    positives: Tensor
+
+
+def epoch_batches(count: int, size: int, seed: int, epoch: int, limit: int = 0) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the positions of each batch of one epoch, a permutation drawn from (seed, epoch).
+
+    Args:
+        count: Queries in all.
+        size: Queries in a batch.
+        seed: Seed of the run.
+        epoch: The epoch, from 0.
+        limit: Stop after this many queries; after all when 0.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(count)[: limit or count]
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def assemble(data: TrainingSet, rows: npt.NDArray[np.int64]) -> Batch:
+    """Gather the lists at ``rows`` over their distinct documents."""
+    lists = [data.lists[row] for row in rows]
+    position = {doc_id: i for i, doc_id in enumerate(dict.fromkeys(d for item in lists for d in item.doc_ids))}
+    longest = max(len(item.doc_ids) for item in lists)
+    columns = torch.zeros((len(lists), longest), dtype=torch.int64)
+    mask = torch.zeros((len(lists), longest), dtype=torch.bool)
+    teacher = None if data.teacher is None else torch.zeros((len(lists), longest), dtype=torch.float32)
+    positives = torch.zeros((len(lists), len(position)), dtype=torch.bool)
+    for i, (row, item) in enumerate(zip(rows, lists, strict=True)):
+        length = len(item.doc_ids)
+        columns[i, :length] = torch.tensor([position[doc_id] for doc_id in item.doc_ids])
+        mask[i, :length] = True
+        if teacher is not None and data.teacher is not None:
+            teacher[i, :length] = torch.from_numpy(data.teacher[row])
+        for doc_id, grade in data.qrels[item.query_id].items():
+            if grade > 0 and doc_id in position:
+                positives[i, position[doc_id]] = True
+    return Batch(rows, tuple(position), columns, mask, teacher, positives)

@@ -1,0 +1,109 @@
+"""From exception to gRPC status: one table, and google.rpc details that a program can read."""
+
+from __future__ import annotations
+
+import logging
+import math
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from retrieval_kd.errors import ServeError
+
+DOMAIN = "dense.retrieval"
+MAX_VIOLATIONS = 16
+"""Details travel as metadata, which gRPC cuts at 8 KiB: 256 blank texts must not hide behind a size error."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing wrong with a request: the field's path, such as ``queries[3].text``, and what to do about it."""
+
+    field: str
+    description: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.description}"
+
+
+class InvalidRequestError(ServeError):
+    """A request that can never be answered; carries every violation."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        shown = "; ".join(map(str, violations[:3]))
+        more = f"; and {len(violations) - 3} more" if len(violations) > 3 else ""
+        super().__init__(shown + more)
+        self.violations = tuple(violations)
+
+
+class OverloadedError(ServeError):
+    """No room for the request now; ``retry_after`` seconds later there may be."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotReadyError(ServeError):
+    """The server loads its index, or is about to stop."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    code: grpc.StatusCode
+    reason: str
+
+
+_TABLE: dict[type[Exception], _Row] = {
+    InvalidRequestError: _Row(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    OverloadedError: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
+    NotReadyError: _Row(grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
+    TimeoutError: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+}
+_INTERNAL = _Row(grpc.StatusCode.INTERNAL, "INTERNAL")
+
+
+def to_status(error: Exception) -> grpc.Status:
+    """Return the status of a failed request; what is not in the table is logged and shown as an id only."""
+    row = _TABLE.get(type(error), _INTERNAL)
+    message = str(error)
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN)]
+    if isinstance(error, InvalidRequestError):
+        details.append(_bad_request(error))
+    elif isinstance(error, OverloadedError):
+        details.append(_retry_info(error.retry_after))
+    elif isinstance(error, TimeoutError):
+        message = "the request's time ran out before it was answered; allow more time or send less at once"
+    elif row is _INTERNAL:
+        request_id = uuid.uuid4().hex
+        _log.error("request %s failed", request_id, exc_info=error)
+        message = f"internal error, request {request_id}; the server's log has the cause"
+    status = status_pb2.Status(code=row.code.value[0], message=message)
+    for detail in details:
+        status.details.add().Pack(detail)
+    return rpc_status.to_status(status)
+
+
+def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
+    shown = error.violations[:MAX_VIOLATIONS]
+    fields = [
+        error_details_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
+        for violation in shown
+    ]
+    hidden = len(error.violations) - len(shown)
+    if hidden:
+        fields.append(error_details_pb2.BadRequest.FieldViolation(field="*", description=f"{hidden} more violations"))
+    return error_details_pb2.BadRequest(field_violations=fields)
+
+
+def _retry_info(seconds: float) -> error_details_pb2.RetryInfo:
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromMilliseconds(math.ceil(seconds * 1e3))
+    return info

@@ -1,0 +1,46 @@
+"""What a request has to keep to; GetServerInfo returns all of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""Both sides set it: gRPC's own 4 MB default, on the client too, is the most reported surprise of such services."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The server's limits; a request beyond one is refused and never cut.
+
+    Attributes:
+        max_batch_queries: Queries in one BatchSearch, texts in one Embed.
+        max_top_k: Documents for each query.
+        max_text_bytes: Size of one text in UTF-8 bytes.
+        max_message_bytes: Size of one message in bytes, in either direction.
+        default_deadline_ms: Deadline of a request that brings none, milliseconds.
+        max_deadline_ms: A later deadline is cut to this, milliseconds.
+        max_concurrent_requests: Requests the server works on at once.
+        max_queued_texts: Texts that may wait for the encoder.
+        max_queued_tokens: Tokens that may wait for the encoder.
+    """
+
+    max_batch_queries: int = 256
+    max_top_k: int = 1000
+    max_text_bytes: int = 32 * 2**10
+    max_message_bytes: int = MAX_MESSAGE_BYTES
+    default_deadline_ms: int = 5_000
+    max_deadline_ms: int = 30_000
+    max_concurrent_requests: int = 512
+    max_queued_texts: int = 512
+    max_queued_tokens: int = 64 * 2**10
+
+    def seconds_for(self, remaining: float | None) -> float:
+        """Return how many seconds a request may take whose caller waits ``remaining`` more (None: no deadline)."""
+        return min(self.default_deadline_ms / 1e3 if remaining is None else remaining, self.max_deadline_ms / 1e3)
+
+    def message_options(self) -> list[tuple[str, int]]:
+        """Return the gRPC channel and server options that set the message size."""
+        return [
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_send_message_length", self.max_message_bytes),
+        ]

@@ -1,0 +1,269 @@
+"""The command line as a person meets it: fast help, one-line errors, exit codes, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_collection_folder, tiny_encoder, tiny_encoder_folder
+
+from retrieval_kd.cli import main as command
+from retrieval_kd.cli.common import served_folder
+from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus
+from retrieval_kd.recipes.schema import CollectionSpec, ExportSpec, IndexSpec
+
+
+class Rkd:
+    """Runs ``rkd`` in this process and keeps what it said."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """Return exit code, standard output and standard error."""
+        self._monkeypatch.setattr(sys, "argv", ["rkd", *map(str, arguments)])
+        try:
+            command.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+    def fails(self, *arguments: object) -> str:
+        """Run a command that must fail with one line and return that line."""
+        code, _, err = self(*arguments)
+        lines = [line for line in err.splitlines() if not line.startswith("»")]
+        assert code == 1, err
+        assert len(lines) == 1, err
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+
+@pytest.fixture
+def rkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Rkd:
+    """The command."""
+    return Rkd(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny collection in BEIR layout."""
+    return tiny_collection_folder(tmp_path_factory.mktemp("collection") / "tiny-collection")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, collection: Path) -> Path:
+    """Two exported encoders of different spaces, ``a`` and ``b``, and an index of ``a``."""
+    from index.build import build_index
+    from retrieval_kd.collections import open_collection
+    from retrieval_kd.encoders.onnx import OnnxEncoder
+    from retrieval_kd.export.onnx_export import Probes, export_encoder
+
+    root = tmp_path_factory.mktemp("exported")
+    opened = open_collection(CollectionSpec(str(collection)))
+    texts = {"t1": "w1 w2 w3", "t2": "w4 w5"}
+    for name, seed in (("a", 0), ("b", 1)):
+        probes = Probes(texts, texts, {"t1": {"t1": 1}, "t2": {"t2": 1}})
+        export_encoder(tiny_encoder(seed), root / name, ExportSpec(), probes)
+    encode_corpus(OnnxEncoder.load(root / "a"), opened, root / "vectors")
+    build_index(EncodedCorpus.load(root / "vectors"), IndexSpec(), root / "store")
+    return root
+
+
+def test_help_is_instant_and_names_every_verb() -> None:
+    """Without it a torch import at module top would make --help take ten seconds."""
+    verb = [sys.executable, "-m", "retrieval_kd.cli.main", "--help"]
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(verb, capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - started)
+    for name in ("demo", "run", "mine", "teach", "score", "train", "export", "index", "serve", "search", "eval"):
+        assert f" {name} " in done.stdout
+    # The promise is half a second on a free machine; a torch import would take ten times this bound.
+    assert min(times) < 1.5
+
+
+def test_wrong_usage_is_2_and_wrong_input_is_1(rkd: Rkd) -> None:
+    """Without it a script could not tell a typo in its own call from a fault in its data."""
+    assert rkd("run")[0] == 2
+    assert rkd("no-such-verb")[0] == 2
+    assert "did you mean 'margin_mse'" in rkd.fails("mine", "margin_mes")
+
+
+def test_recipes_are_listed_and_shown(rkd: Rkd) -> None:
+    """Without it nobody would know what there is to run."""
+    code, out, _ = rkd("recipes", "--json")
+    assert code == 0
+    assert {"margin_mse", "leaf", "demo"} <= {recipe["name"] for recipe in json.loads(out)}
+    code, out, _ = rkd("recipes", "show", "leaf", "--set", "student.layers=[0]")
+    assert code == 0
+    assert "layers:\n  - 0\n" in out
+    assert "unknown key" in rkd.fails("recipes", "show", "leaf", "--set", "studen.layers=[0]")
+
+
+def test_missing_and_malformed_collections(rkd: Rkd, tmp_path: Path, collection: Path) -> None:
+    """Without it a wrong path would end in a trace after the models are loaded."""
+    root = tmp_path / "artifacts"
+    common = ("--artifacts", root, "--set")
+    assert "no such folder" in rkd.fails("mine", "leaf", *common, f"collection={tmp_path / 'none'}")
+    broken = tiny_collection_folder(tmp_path / "broken")
+    lines = (broken / "corpus.jsonl").read_text().splitlines()
+    (broken / "corpus.jsonl").write_text("\n".join([*lines[:3], '{"_id": "x", "text"', *lines[3:]]))
+    assert "corpus.jsonl:4" in rkd.fails("eval", "beir", broken, "--bm25")
+    assert "split 'tset'" in rkd.fails("eval", "beir", collection, "--bm25", "--split", "tset")
+    assert "did you mean" in rkd.fails("eval", "beir", collection, "--bm25", "--measure", "nDGC@10")
+    assert "no system to measure" in rkd.fails("eval", "beir", collection)
+    assert not root.exists() or not list(root.glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("losses.0.name=embeding_regression", "no loss 'embeding_regression', did you mean 'embedding_regression'"),
+        ("losses.0.options={metrik: l2}", "embedding_regression has no option 'metrik'"),
+        ("losses.0.name=pair_distill", "pair_distill reads pairs inputs"),
+        ("losses.0.name=taid", "taid reads scores inputs (blend)"),
+        ("evaluation.measures=[nDGC@10]", "unknown measure 'nDGC@10', did you mean 'nDCG@10'"),
+    ],
+)
+def test_what_is_used_last_is_checked_first(
+    rkd: Rkd, tmp_path: Path, collection: Path, override: str, message: str
+) -> None:
+    """Without it a misspelt loss or measure would be found after hours of scoring, or end in a trace."""
+    root = tmp_path / "artifacts"
+    error = rkd.fails("run", "leaf", "--artifacts", root, "--set", f"collection={collection}", "--set", override)
+    assert message in error
+    assert not root.exists()
+
+
+def test_a_runs_folder_may_be_served_with_another_encoder(tmp_path: Path) -> None:
+    """Without it --encoder would make a run's folder look like a store without an index."""
+    (tmp_path / "run" / "index").mkdir(parents=True)
+    (tmp_path / "run" / "encoder").mkdir()
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert served_folder(run, None) == (run / "index", run / "encoder")
+    assert served_folder(run, other) == (run / "index", other)
+    assert served_folder(run / "index", other) == (run / "index", other)
+
+
+def test_model_without_tokenizer(rkd: Rkd, tmp_path: Path, collection: Path) -> None:
+    """Without it another tokenizer could be guessed from the model's name, and every vector would be wrong."""
+    model = tiny_encoder_folder(tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    error = rkd.fails(
+        "mine", "leaf", "--artifacts", tmp_path / "a", "--set", f"collection={collection}", "--set",
+        f"encoder={{model: {model}, max_length: 24}}",
+    )  # fmt: skip
+    assert "no tokenizer.json" in error
+
+
+def test_eval_measures_index_bm25_and_run_file_together(
+    rkd: Rkd, tmp_path: Path, collection: Path, exported: Path
+) -> None:
+    """Without it a run file written by one evaluation could score differently in the next."""
+    out = tmp_path / "report"
+    code, text, _ = rkd(
+        "eval", "beir", collection, "--bm25", "--index", exported / "store", "--encoder", exported / "a",
+        "--out", out, "--json",
+    )  # fmt: skip
+    assert code == 0
+    first = json.loads(text)
+    assert [system["role"] for system in first["systems"]] == ["bm25", "bi-encoder"]
+    assert (out / "report.html").is_file()
+    run = next((out / "runs").glob("bm25*.trec"))
+    code, text, _ = rkd("eval", "beir", collection, "--run", run, "--json")
+    assert code == 0
+    again = json.loads(text)["systems"][0]
+    assert {k: again[k] for k in first["measures"]} == {k: first["systems"][0][k] for k in first["measures"]}
+    code, text, _ = rkd("eval", "report", out, "--markdown")
+    assert code == 0
+    assert "| BM25 (" in text
+
+
+def test_index_build_verify_inspect(rkd: Rkd, tmp_path: Path, collection: Path, exported: Path) -> None:
+    """Without it the documented way to index another corpus would be untested."""
+    store = tmp_path / "store"
+    build = ("index", "build", store, "--collection", collection, "--encoder", exported / "a")
+    code, text, _ = rkd(*build, "--kind", "hnsw", "--json")
+    assert code == 0
+    version = json.loads(text)["version"]
+    assert json.loads(rkd("index", "inspect", store, "--json")[1])["count"] == 72
+    assert json.loads(rkd("index", "verify", store, "--json")[1])["whole_versions"] == [version]
+    elsewhere = ("--vectors", tmp_path / "vectors")
+    assert "cannot search documents" in rkd.fails(*build, "--query-encoder", exported / "b", *elsewhere)
+    assert not (tmp_path / "vectors").exists()
+    assert "index.kind: 'ivf'" in rkd.fails(*build, "--kind", "ivf")
+    vectors = next((store / "versions" / version).glob("vectors.npy"))
+    vectors.chmod(0o644)
+    data = bytearray(vectors.read_bytes())
+    data[-1] ^= 1
+    vectors.write_bytes(bytes(data))
+    assert "vectors.npy" in rkd.fails("index", "verify", store)
+
+
+def test_serve_refuses_strangers_and_taken_ports(rkd: Rkd, exported: Path, tmp_path: Path) -> None:
+    """Without it a server would answer from the wrong space, or wait on a port nobody can reach."""
+    store = exported / "store"
+    assert "cannot search documents" in rkd.fails("serve", store, "--encoder", exported / "b", "--port", "0")
+    assert "name it with --encoder" in rkd.fails("serve", store)
+    assert "no index is published" in rkd.fails("serve", tmp_path, "--encoder", exported / "a", "--port", "0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert "cannot listen" in rkd.fails("serve", store, "--encoder", exported / "a", "--port", port)
+        assert rkd("serve", store, "--encoder", exported / "a", "--port", "99999")[0] == 2
+
+
+def test_a_started_server_has_imported_nothing_heavy(exported: Path) -> None:
+    """Without it an import inside a function could bring torch into the serving image, past every test of modules."""
+    verb = [sys.executable, "-X", "importtime", "-m", "retrieval_kd.cli.main"]
+    arguments = ["serve", str(exported / "store"), "--encoder", str(exported / "a"), "--port", "0", "--json"]
+    with subprocess.Popen([*verb, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        ready = server.stdout.readline()
+        server.terminate()
+        _, log = server.communicate()
+    assert "port" in ready, log
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in log.splitlines()}
+    assert {"faiss", "onnxruntime", "grpc"} <= imported
+    assert not imported & {"torch", "transformers", "sentence_transformers", "accelerate", "pyarrow", "bm25s"}
+
+
+def test_search_a_served_index_and_a_dead_port(rkd: Rkd, exported: Path) -> None:
+    """Without it the client for people could disagree with the server about either success or failure."""
+    from retrieval_kd.cli.pipeline import serving
+
+    with serving(exported / "store", exported / "a") as target:
+        code, text, _ = rkd("search", target, "w1 w2", "-k", "3", "--json")
+        assert code == 0
+        hits = json.loads(text)["hits"]
+        assert [hit["rank"] for hit in hits] == [1, 2, 3]
+        assert "top_k" in rkd.fails("search", target, "w1", "-k", "0")
+        assert "text" in rkd.fails("search", target, "  ")
+    assert "127.0.0.1:1" in rkd.fails("search", "127.0.0.1:1", "w1")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, collection: Path, exported: Path) -> None:
+    """Without it a full disk would end in a trace, or in an encoding that counts as whole."""
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000));"
+        "from retrieval_kd.cli.main import main; main()"
+    )
+    store = tmp_path / "store"
+    verb = ["index", "build", str(store), "--collection", str(collection), "--encoder", str(exported / "a")]
+    done = subprocess.run([sys.executable, "-c", script, *verb], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.strip().startswith("error: disk full while writing")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(store.rglob("manifest.json"))
+    assert not (store / "CURRENT").exists()

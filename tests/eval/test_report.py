@@ -1,0 +1,226 @@
+"""The report says what was measured, keeps what it was measured from, and needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eval.curves import read_curves
+from eval.measures import evaluate
+from eval.page import render_page
+from eval.report import write_report
+from eval.results import Facts, SystemResult
+from eval.tables import format_table, markdown_table
+from retrieval_kd.errors import DataError
+from retrieval_kd.runs import rank, read_trec
+
+MEASURES = ("nDCG@10", "RR@10", "R@100")
+QRELS = {f"q{number}": {"d0": 1} for number in range(12)}
+UNTIMED = Facts()
+
+
+def _system(name: str, role: str, position: int, facts: Facts = UNTIMED, missing: int = 0) -> SystemResult:
+    ids = [f"d{number}" for number in range(1, 6)]
+    ids.insert(position, "d0")
+    run = {query_id: rank(ids, np.arange(6, 0, -1)) for query_id in list(QRELS)[missing:]}
+    return SystemResult.of(name, role, evaluate(run, QRELS, MEASURES), facts, run)
+
+
+@pytest.fixture
+def systems() -> list[SystemResult]:
+    return [
+        _system("BM25", "bm25", 2, missing=3),
+        _system("teacher encoder", "bi-encoder", 0, Facts(22_713_216, 8.0, 9.0, 12.0, 1536.0)),
+        _system("student <3 layers>", "student", 1, Facts(17_389_824, 4.0, 5.0, 6.0, 1536.0)),
+    ]
+
+
+def _write(folder: Path, systems: list[SystemResult], **extra: Any) -> dict[str, Any]:
+    return write_report(folder, collection="toy", split="test", systems=systems, documents=6, **extra)
+
+
+def test_report_json_has_the_contract_keys(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """Other programs read these keys; absent cost is null and never 0."""
+    returned = _write(tmp_path, systems, baseline="teacher encoder", notes=["a note"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == json.loads(json.dumps(returned))
+    assert (report["collection"], report["split"], report["measures"]) == ("toy", "test", list(MEASURES))
+    keys = {"name", "role", *MEASURES, "queries", "params", "encode_ms_p50", "bytes_per_doc"}
+    for entry in report["systems"]:
+        assert keys <= set(entry)
+    bm25 = report["systems"][0]
+    assert (bm25["params"], bm25["encode_ms_p50"], bm25["bytes_per_doc"]) == (None, None, None)
+    assert bm25["RR@10"] == pytest.approx(9 / 12 / 3)
+    assert (bm25["queries"], bm25["queries_without_results"]) == (12, 3)
+    assert {row["system"] for row in report["comparisons"]} == {"BM25", "student <3 layers>"}
+    assert len(report["comparisons"]) == 2 * len(MEASURES)
+    assert {"versions", "hardware"} <= set(report["provenance"])
+
+
+def test_runs_and_per_query_values_give_the_means_back(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """Anyone must be able to score our runs with another tool and get our numbers."""
+    report = _write(tmp_path, systems)
+    files = ("bm25", "teacher-encoder", "student-3-layers")
+    for slug, entry in zip(files, report["systems"], strict=True):
+        means = evaluate(read_trec(tmp_path / f"runs/{slug}.trec"), QRELS, MEASURES).means
+        header, *rows = (tmp_path / f"per_query/{slug}.tsv").read_text().splitlines()
+        assert header.split("\t") == ["query_id", *MEASURES]
+        assert [row.split("\t")[0] for row in rows] == list(QRELS)
+        for column, measure in enumerate(MEASURES, start=1):
+            assert means[measure] == entry[measure]
+            assert np.mean([float(row.split("\t")[column]) for row in rows]) == pytest.approx(entry[measure])
+
+
+def test_two_reports_of_the_same_results_are_the_same(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """Intervals and p-values are seeded: a second run must not change the page."""
+    for name in ("one", "two"):
+        _write(tmp_path / name, systems, baseline="teacher encoder")
+    assert (tmp_path / "one/report.html").read_bytes() == (tmp_path / "two/report.html").read_bytes()
+
+
+def test_names_that_share_a_file_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    """'A b' and 'a-b' are two systems."""
+    _write(tmp_path, [_system("A b", "student", 0), _system("a-b", "student", 1)])
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["a-b-2.trec", "a-b.trec"]
+
+
+class _Page(HTMLParser):
+    """Checks nesting and collects what would reach the network."""
+
+    void = frozenset({"meta", "br", "circle", "path", "polyline"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def _page(html: str) -> _Page:
+    page = _Page()
+    page.feed(html)
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_page_is_self_contained_and_accessible(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """Opened from a mail or a build server it must show the same, to everyone."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(
+        "".join(json.dumps({"event": "train", "step": step, "loss": 1 / step}) + "\n" for step in range(1, 50))
+        + json.dumps({"event": "dev", "step": 49, "nDCG@10": 0.5})
+        + "\n"
+    )
+    _write(
+        tmp_path, systems, baseline="teacher encoder", training={"student": metrics}, provenance={"command": "rkd run"}
+    )
+    html = (tmp_path / "report.html").read_text()
+    assert not re.search(r"https?:|<script|@import|url\(|<link|<img|<iframe", html)
+    page = _page(html)
+    by_tag: dict[str, list[dict[str, str | None]]] = {}
+    for tag, attributes in page.tags:
+        by_tag.setdefault(tag, []).append(attributes)
+    assert by_tag["html"][0]["lang"] == "en"
+    assert all(attributes.get("scope") in ("row", "col") for attributes in by_tag["th"])
+    assert len(by_tag["svg"]) == 6
+    assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in by_tag["svg"])
+    assert "student <3 layers>" in page.text
+    assert "<3 layers>" not in html
+
+
+def test_page_names_what_every_number_is_of(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """A number without collection, split and queries is quoted wrongly sooner or later."""
+    _write(tmp_path, systems, baseline="teacher encoder", notes=["The teacher is <b>weak</b>."])
+    text = " ".join(_page((tmp_path / "report.html").read_text()).text.split())
+    assert "toy, split test: means over all 12 judged queries over 6 documents" in text
+    assert "BM25 returned nothing for 3 of 12 queries; they count as zero." in text
+    assert "The teacher is <b>weak</b>." in text
+    assert "student <3 layers> reaches 63.1 % of teacher encoder's nDCG@10" in text
+    assert "Not timed: BM25" in text
+
+
+def test_page_renders_without_anything_optional(tmp_path: Path) -> None:
+    """One untimed system, no training, no baseline: no empty sections, no crash."""
+    report = _write(tmp_path, [_system("run", "run", 0)])
+    html = render_page(json.loads(json.dumps(report)))
+    assert "<svg" not in html
+    assert "Differences" not in html
+    _page(html)
+
+
+def test_report_refuses_rows_that_do_not_belong_in_one_table(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """Nothing is written when the rows cannot be compared."""
+    other = {f"x{number}": {"d0": 1} for number in range(12)}
+    stranger = SystemResult.of("stranger", "run", evaluate({}, other, MEASURES))
+    fewer = SystemResult.of("fewer", "run", evaluate({}, QRELS, MEASURES[:1]))
+    for rows, message in (
+        ([], "at least one system"),
+        ([systems[0], systems[0]], "two systems are called 'BM25'"),
+        ([systems[0], stranger], "query 'q0' is in only one"),
+        ([systems[0], fewer], "measured on nDCG@10, 'BM25' on"),
+    ):
+        with pytest.raises(DataError, match=message):
+            _write(tmp_path / "report", rows)
+    with pytest.raises(DataError, match="did you mean 'BM25'"):
+        _write(tmp_path / "report", systems, baseline="BM52")
+    assert not (tmp_path / "report").exists()
+
+
+def test_tables_for_people_carry_interval_and_dash(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """A table without intervals invites ranking noise; a cost that was not measured is a dash."""
+    report = _write(tmp_path, systems)
+    plain = format_table(systems)
+    assert "1.000 ±0.000" in plain
+    assert "17.4 M" in plain
+    lines = markdown_table(report).splitlines()
+    assert lines[0] == "| system | nDCG@10 | RR@10 | R@100 | parameters | encode ms | query ms | bytes/doc |"
+    assert lines[2].startswith("| BM25 | 0.375 (")
+    assert lines[2].endswith("| – | – | – | – |")
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert "12 judged queries" in lines[-1]
+
+
+def test_curves_average_down_and_keep_the_last_of_a_repeated_step(tmp_path: Path) -> None:
+    """A resumed run logs steps twice; thousands of points make the page heavy."""
+    path = tmp_path / "metrics.jsonl"
+    events = [{"event": "train", "step": step, "loss": 9.0} for step in range(1, 1001)]
+    events += [{"event": "train", "step": step, "loss": 2.0} for step in range(1, 1001)]
+    events += [{"event": "dev", "step": 10, "nDCG@10": 0.25}, {"event": "start"}]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    curves = read_curves(path)
+    assert len(curves["loss"]) <= 400
+    assert {value for _, value in curves["loss"]} == {2.0}
+    assert curves["loss"][-1][0] == 1000
+    assert curves["dev"] == [(10.0, 0.25)]
+
+
+@pytest.mark.parametrize(
+    "line", ["{", '{"event": "train", "step": 1}', "[]", '{"event": "dev", "step": "x", "nDCG@10": 1}']
+)
+def test_a_bad_metrics_line_is_named(tmp_path: Path, line: str) -> None:
+    """A torn file must not draw a shorter curve."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"event": "train", "step": 1, "loss": 1.0}}\n{line}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a metrics event"):
+        read_curves(path)

@@ -1,0 +1,46 @@
+"""Small corpora with vectors of our choosing, and the brute force that every index is held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from retrieval_kd.artifacts import fingerprint
+from retrieval_kd.encoders.card import EncoderCard
+from retrieval_kd.encoders.corpus import EncodedCorpus
+
+
+def card(dimension: int, weights: str = "w") -> EncoderCard:
+    return EncoderCard("documents", "bert", 1, 1, "mean", False, (dimension,), 32, "", "", "dot", "t", weights)
+
+
+def query_card(document: EncoderCard) -> EncoderCard:
+    return replace(document, name="student", weights_hash="student").in_space_of(document, "query")
+
+
+def corpus(vectors: np.ndarray, ids: Sequence[str] | None = None) -> EncodedCorpus:
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    names = list(ids) if ids is not None else [f"d{i:05d}" for i in range(len(vectors))]
+    identity = fingerprint([names, vectors.tobytes().hex()])
+    return EncodedCorpus(names, vectors, card(vectors.shape[1]), identity, fingerprint(names))
+
+
+def clustered(seed: int, count: int, dimension: int, centres: int = 20) -> np.ndarray:
+    """Return unit vectors around common centres, as texts of one topic are."""
+    rng = np.random.default_rng(seed)
+    middle = np.random.default_rng(0).normal(size=(centres, dimension))
+    vectors = middle[rng.integers(centres, size=count)] + 0.7 * rng.normal(size=(count, dimension))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def brute_force(documents: EncodedCorpus, query: np.ndarray, k: int) -> list[str]:
+    """Return the ids by exact sums rounded to float32, ties by id."""
+    scores = [
+        float(np.float32(math.fsum(float(a) * float(b) for a, b in zip(row, query, strict=True))))
+        for row in documents.vectors
+    ]
+    order = sorted(range(len(scores)), key=lambda i: (-scores[i], documents.ids[i]))
+    return [documents.ids[i] for i in order[:k]]

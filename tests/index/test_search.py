@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from index_helpers import brute_force, card, clustered, corpus, query_card
+
+from index import search as search_module
+from index.build import build_index
+from index.search import Searcher
+from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.errors import DataError, EncoderMismatch
+from retrieval_kd.recipes.schema import IndexSpec
+from retrieval_kd.runs import Ranking
+
+FLAT, HNSW = IndexSpec("flat"), IndexSpec("hnsw", neighbours=16, ef_construction=40, ef_search=64)
+
+
+def searcher(documents: EncodedCorpus, spec: IndexSpec, folder: Path) -> Searcher:
+    build_index(documents, spec, folder / "store")
+    return Searcher.open(folder / "store")
+
+
+def same(left: Ranking, right: Ranking) -> bool:
+    return left.doc_ids == right.doc_ids and left.scores.tobytes() == right.scores.tobytes()
+
+
+@pytest.fixture(scope="module")
+def big() -> EncodedCorpus:
+    return corpus(clustered(1, 2000, 32))
+
+
+@pytest.fixture(scope="module", params=[FLAT, HNSW], ids=["flat", "hnsw"])
+def opened(request: pytest.FixtureRequest, big: EncodedCorpus) -> Iterator[Searcher]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield searcher(big, request.param, Path(folder))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    grid=st.sampled_from([1, 2, 50]),
+    count=st.integers(1, 90),
+    queries=st.integers(1, 30),
+    k=st.integers(1, 100),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_flat_is_brute_force_with_ties_by_id(grid: int, count: int, queries: int, k: int, seed: int) -> None:
+    """A coarse grid is full of duplicates and ties at the k-th place, where candidate lists lose documents."""
+    rng = np.random.default_rng(seed)
+    documents = corpus(
+        rng.integers(-grid, grid + 1, size=(count, 3)) / 7, ids=[f"d{i}" for i in rng.permutation(count)]
+    )
+    asked = (rng.integers(-grid, grid + 1, size=(queries, 3)) / 3).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        found = searcher(documents, FLAT, Path(folder))
+        together = found.search(asked, k)
+        for query, ranking in zip(asked, together, strict=True):
+            assert list(ranking.doc_ids) == brute_force(documents, query, k)
+            assert same(ranking, found.search(query[None], k)[0])
+
+
+def test_more_duplicates_than_any_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four hundred equal documents, stored with the smallest ids last: faiss keeps the first rows it sees."""
+    monkeypatch.setattr(search_module, "_MARGIN", 0)
+    vectors = np.vstack([np.tile([1.0, 0.0], (400, 1)), np.tile([0.5, 0.5], (100, 1))])
+    found = searcher(corpus(vectors, ids=[f"d{i:03d}" for i in reversed(range(500))]), FLAT, tmp_path)
+    assert found.search(np.asarray([[1.0, 0.0]], np.float32), 3)[0].doc_ids == ("d100", "d101", "d102")
+
+
+def test_near_ties_below_float32_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores closer than faiss's own rounding: only the bound, not faiss's order, may decide who is rescored."""
+    monkeypatch.setattr(search_module, "_MARGIN", 0)
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=256)
+    documents = corpus(base * (1 + rng.normal(size=(300, 256)) * 2e-8) + rng.normal(size=(300, 256)) * 2e-8)
+    found = searcher(documents, FLAT, tmp_path)
+    asked = clustered(5, 40, 256)
+    asked[:20] = (base / np.linalg.norm(base)).astype(np.float32)
+    for query, ranking in zip(asked, found.search(asked, 5), strict=True):
+        assert list(ranking.doc_ids) == brute_force(documents, query, 5)
+        assert same(ranking, found.search(query[None], 5)[0])
+
+
+def test_alone_in_a_batch_and_in_threads_is_bit_for_bit_the_same(opened: Searcher) -> None:
+    """A cached or batched answer that differs from a lone one makes every comparison meaningless."""
+    asked = clustered(2, 64, 32)
+    together = opened.search(asked, 10)
+    assert all(same(opened.search(query[None], 10)[0], ranking) for query, ranking in zip(asked, together, strict=True))
+    assert all(same(a, b) for a, b in zip(opened.search(asked[::-1], 10)[::-1], together, strict=True))
+    with ThreadPoolExecutor(8) as pool:
+        for rankings in pool.map(lambda _: opened.search(asked, 10), range(16)):
+            assert all(same(a, b) for a, b in zip(rankings, together, strict=True))
+
+
+def test_threads_of_a_call_change_nothing(big: EncodedCorpus, tmp_path: Path) -> None:
+    """A machine with more cores must not rank otherwise."""
+    build_index(big, HNSW, tmp_path / "store")
+    asked = clustered(2, 64, 32)
+    one, two = (Searcher.open(tmp_path / "store", threads=n).search(asked, 10) for n in (1, 2))
+    assert all(same(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_hnsw_finds_nearly_all(big: EncodedCorpus, tmp_path: Path) -> None:
+    """A graph built for another metric, or searched too narrowly, still returns ten plausible documents."""
+    graph, exact = searcher(big, HNSW, tmp_path / "h"), searcher(big, FLAT, tmp_path / "f")
+    asked = clustered(4, 200, 32)
+    pairs = zip(graph.search(asked, 10), exact.search(asked, 10), strict=True)
+    recall = np.mean([len(set(a.doc_ids) & set(b.doc_ids)) / 10 for a, b in pairs])
+    assert recall >= 0.95
+
+
+def test_shorter_ranking_begins_the_longer_one(opened: Searcher) -> None:
+    """Paging through results must not reshuffle those already seen."""
+    asked = clustered(6, 5, 32)
+    for short, long in zip(opened.search(asked, 5), opened.search(asked, 50), strict=True):
+        assert same(short, long.top(5))
+
+
+def test_k_above_count_gives_all(opened: Searcher, tmp_path: Path) -> None:
+    """A small index must answer, not fail, when asked for more than it has."""
+    small = searcher(corpus(clustered(1, 7, 4)), HNSW if opened.kind == "hnsw" else FLAT, tmp_path)
+    assert len(small.search(clustered(2, 1, 4), 100)[0]) == 7
+    assert len(opened.search(clustered(2, 1, 32), 10**6)[0]) == 2000
+
+
+def test_hnsw_of_duplicates_still_fills_the_ranking(tmp_path: Path) -> None:
+    """A graph over equal vectors has nodes that no walk reaches; the ranking is as long as promised."""
+    vectors = np.vstack([np.tile([1.0, 0.0], (300, 1)), np.tile([-1.0, 0.0], (300, 1))])
+    spec = IndexSpec("hnsw", neighbours=2, ef_construction=1, ef_search=1)
+    found = searcher(corpus(vectors), spec, tmp_path)
+    for k in (1, 50, 600):
+        rankings = found.search(np.asarray([[1.0, 0.0], [-1.0, 0.0]], np.float32), k)
+        assert [len(ranking) for ranking in rankings] == [k, k]
+
+
+def test_no_queries_no_rankings(opened: Searcher) -> None:
+    """An empty batch is not an error."""
+    assert opened.search(np.empty((0, 32), np.float32), 3) == []
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        (np.zeros((1, 31), np.float32), r"shape \(1, 31\), the index takes \[n, 32\]"),
+        (np.zeros(32, np.float32), r"shape \(32,\)"),
+        (np.full((1, 32), np.nan, np.float32), "query vector 0 is not finite"),
+        (np.vstack([np.zeros(32), np.full(32, np.inf)]), "query vector 1 is not finite"),
+    ],
+)
+def test_unusable_queries_are_refused(opened: Searcher, vectors: np.ndarray, message: str) -> None:
+    """The library reads past a short row and sorts NaN anywhere; neither raises."""
+    with pytest.raises(DataError, match=message):
+        opened.search(vectors, 3)
+
+
+def test_k_below_one_is_refused(opened: Searcher) -> None:
+    """Zero documents is a caller's mistake."""
+    with pytest.raises(DataError, match="k is 0"):
+        opened.search(np.zeros((1, 32), np.float32), 0)
+
+
+def test_only_encoders_of_the_space_may_search(opened: Searcher) -> None:
+    """Vectors of another space have the right width and give confident nonsense."""
+    opened.check_query_encoder(query_card(card(32)))
+    opened.check_query_encoder(card(32))
+    with pytest.raises(EncoderMismatch, match="cannot search documents encoded by 'documents'"):
+        opened.check_query_encoder(card(32, weights="other"))
+    with pytest.raises(EncoderMismatch, match="document side only"):
+        opened.check_query_encoder(replace(card(32), role="document"))
+
+
+def test_properties_tell_what_is_open(opened: Searcher, big: EncodedCorpus) -> None:
+    """The server advertises these."""
+    assert (opened.count, opened.dimension, opened.card) == (2000, 32, big.card)
+    assert opened.version.startswith("0000000001-")
+    assert opened.bytes_per_doc >= 32 * 4 + len("d00000\n")
+    assert opened.bytes_per_doc < (200 if opened.kind == "flat" else 600)

@@ -1,0 +1,108 @@
+"""Recipes: strict, overridable, and the shipped ones sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from retrieval_kd.errors import RecipeError
+from retrieval_kd.losses.registry import LOSSES, bind
+from retrieval_kd.recipes.loader import load_recipe, resolved, shipped_recipes, to_yaml
+from retrieval_kd.recipes.schema import CollectionSpec
+
+SHIPPED = {"demo", "leaf", "listwise_kl", "margin_mse", "ranknet"}
+
+
+def test_the_shipped_recipes_are_all_here() -> None:
+    """Without the count, a recipe lost from the package would leave the other tests green (as torchtune's did)."""
+    assert set(shipped_recipes()) >= SHIPPED
+    assert len(shipped_recipes()) == len(set(shipped_recipes()))
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_say_what_they_are_and_bind(name: str) -> None:
+    """Without it a misspelt option would be found after the teacher has scored for an hour."""
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.about.endswith(".")
+    assert recipe.source
+    for loss in recipe.losses:
+        assert loss.name in LOSSES
+        bind(loss.name, loss.options)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_the_saved_recipe_is_the_recipe(name: str, tmp_path: Path) -> None:
+    """Without it the recipe.yaml beside a result would not reproduce it."""
+    recipe = load_recipe(name, ["student.mode=symmetric", "losses.0.weight=0.25"])
+    path = tmp_path / "r.yaml"
+    path.write_text(to_yaml(recipe))
+    assert load_recipe(str(path)) == recipe
+    assert resolved(recipe)["losses"][0]["weight"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("studnet.mode=symmetric", "studnet: unknown key, did you mean 'student'?"),
+        ("student.layrs=[1]", "student.layrs: unknown key, did you mean 'layers'?"),
+        ("student.mode=asymetric", "student.mode: 'asymetric', did you mean 'asymmetric'?"),
+        ("student.layers=[2,1]", "must be increasing"),
+        ("student.layers=three", "student.layers: 'three' is not a list"),
+        ("student.layers=[0,two]", "student.layers.1: 'two' is str, it takes int"),
+        ("schedule.epochs=0", "schedule.epochs: 0 must be at least 1"),
+        ("schedule.epochs=1.5", "schedule.epochs: 1.5 is float, it takes int"),
+        ("schedule.epochs=true", "schedule.epochs: True is bool, it takes int"),
+        ("schedule.learning_rate=fast", "schedule.learning_rate: 'fast' is not a number"),
+        ("candidates.window=[5,2]", "candidates.window: [5, 2] must lie in 1..depth"),
+        ("candidates.window=[1,2,3]", "candidates.window: 3 values, it takes 2"),
+        ("candidates.sources=[bm52]", "candidates.sources.0: 'bm52', did you mean 'bm25'?"),
+        ("losses.7.weight=1", "'7' is not a position in a list of"),
+        ("losses.0.weight=0", "it must be above 0"),
+        ("losses.0.weight=.inf", "losses.0.weight: inf is not a finite number"),
+        ("losses=[]", "losses is empty"),
+        ("evaluation.depth=50", "evaluation.rerank_depth: 100 must lie in 1..depth (50)"),
+        ("seed", "write KEY.PATH=VALUE"),
+        ("teacher.normalise=none", "cannot average two teachers on different scales"),
+        ("teacher={model: x, fine_tune: {epochs: 1}}", "give either model or fine_tune, not both"),
+        ("index.kind=ivf", "index.kind: 'ivf'"),
+    ],
+)
+def test_wrong_keys_and_values_name_the_key(override: str, message: str) -> None:
+    """Without it a typo would train for an hour with the default, or end in a trace."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("margin_mse", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_reach_every_depth_and_short_forms() -> None:
+    """Without it --set collection=DIR, which the README uses, would be an error."""
+    recipe = load_recipe(
+        "margin_mse", ["collection=/data/x", "collection.distractors=[/data/y]", "schedule.learning_rate=1e-4"]
+    )
+    assert recipe.collection == CollectionSpec("/data/x", ("/data/y",))
+    assert recipe.schedule.learning_rate == 1e-4
+    assert load_recipe("margin_mse", ["teacher.model=/models/ce"]).teacher.fine_tune is None
+
+
+def test_unknown_recipes_and_broken_files(tmp_path: Path) -> None:
+    """Without it a misspelt recipe or a tab in a YAML file would end in a trace."""
+    with pytest.raises(RecipeError, match="no recipe 'margin_mes', did you mean 'margin_mse'"):
+        load_recipe("margin_mes")
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: x\nlosses: [\n")
+    with pytest.raises(RecipeError, match=r"broken\.yaml:\d+: not YAML"):
+        load_recipe(str(broken))
+    broken.write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(RecipeError, match=r"broken\.yaml: not UTF-8"):
+        load_recipe(str(broken))
+    broken.write_text("- just a list\n")
+    with pytest.raises(RecipeError, match="a recipe is a mapping"):
+        load_recipe(str(broken))
+    broken.write_text("name: x\nabout: y\n")
+    with pytest.raises(RecipeError, match="source: missing"):
+        load_recipe(str(broken))

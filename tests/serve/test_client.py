@@ -1,0 +1,173 @@
+"""The typed client: what it returns, and the one line it says when something is wrong."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from serve_fakes import CARD, DIMENSION, FakeEncoder, FakeSearcher, Running, Start
+
+from retrieval_kd.errors import ServeError
+from serve.client import RetrievalClient
+from serve.engine import Engine
+from serve.limits import Limits
+from serve.server import serve
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_search_by_text_and_by_vector_agree(client: RetrievalClient, encoder: FakeEncoder) -> None:
+    """A client that rounds its vectors on the way would rank differently from the server's own encoding."""
+    by_text = client.search(text="red wine", top_k=5)
+    by_vector = client.search(vector=encoder.texts_vectors(["red wine"])[0], top_k=5)
+    assert by_text.hits == by_vector.hits
+    assert [hit.rank for hit in by_text.hits] == [1, 2, 3, 4, 5]
+    assert by_text.index_version == "0000000001-cafe"
+    assert by_text.query_encoder == CARD.fingerprint
+    assert by_text.timings.total_ns > 0
+
+
+def test_scores_are_the_float32_of_the_offline_ranking(
+    client: RetrievalClient, encoder: FakeEncoder, searcher: FakeSearcher
+) -> None:
+    """A score that changes on the wire breaks ties differently offline and online."""
+    (expected,) = searcher.search(encoder.texts_vectors(["a"]), 9)
+    hits = client.search("a", top_k=9).hits
+    assert np.array_equal(np.array([hit.score for hit in hits], dtype=np.float32), expected.scores)
+    assert tuple(hit.doc_id for hit in hits) == expected.doc_ids
+
+
+def test_batches_of_texts_and_of_vectors_equal_single_searches(client: RetrievalClient, encoder: FakeEncoder) -> None:
+    """Results in another order than the queries would be credited to the wrong query."""
+    texts = ["a", "b b", "c"]
+    singles = [client.search(text, top_k=4).hits for text in texts]
+    assert [result.hits for result in client.batch_search(texts, 4)] == singles
+    by_vectors = client.batch_search(vectors=encoder.texts_vectors(texts), top_k=4)
+    assert [result.hits for result in by_vectors] == singles
+
+
+def test_embed_returns_the_encoders_vectors_to_the_bit(client: RetrievalClient, encoder: FakeEncoder) -> None:
+    """Vectors that are only nearly right cannot be compared with those of an index."""
+    vectors = client.embed(["a", "b"])
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors, encoder.texts_vectors(["a", "b"]))
+
+
+def test_server_and_index_information(client: RetrievalClient) -> None:
+    """Evaluation records both next to its figures."""
+    assert client.server_info().limits == Limits()
+    assert client.server_info().query_encoder.fingerprint == CARD.fingerprint
+    index = client.index()
+    assert (index.kind, index.document_count, index.dimension) == ("flat", 40, DIMENSION)
+    assert index.document_encoder.space_fingerprint == CARD.space_fingerprint
+
+
+def test_one_client_serves_many_threads(client: RetrievalClient, encoder: FakeEncoder, searcher: FakeSearcher) -> None:
+    """Benchmarks share one client between threads."""
+    texts = [f"text {i}" for i in range(40)]
+    with ThreadPoolExecutor(16) as callers:
+        results = list(callers.map(client.search, texts))
+    for result, ranking in zip(results, searcher.search(encoder.texts_vectors(texts), 10), strict=True):
+        assert tuple(hit.doc_id for hit in result.hits) == ranking.doc_ids
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: c.search(" "), "search at .*: text: is blank; give at least one word"),
+        (lambda c: c.search("a", top_k=0), "top_k: is 0; give 1 to 1000"),
+        (lambda c: c.search("a", top_k=-1), "top_k: is -1; give 1 or more"),
+        (lambda c: c.search(vector=[1.0, 2.0]), "vector.f32_le: has 8 bytes; 16 32-bit floats take 64"),
+        (lambda c: c.search(), "give either a text or a vector"),
+        (lambda c: c.search("a", [1.0]), "give either a text or a vector"),
+        (lambda c: c.search(vector=[[1.0]]), r"search: a vector of shape \(1, 1\); give one of shape \(d,\)"),
+        (lambda c: c.batch_search([]), "queries: has 0 entries; give 1 to 256"),
+        (lambda c: c.batch_search(), "give either texts or vectors"),
+        (lambda c: c.batch_search(vectors=[1.0, 2.0]), r"vectors of shape \(2,\); give \(n, d\)"),
+        (lambda c: c.batch_search("abc"), "batch_search: give a list of texts, not one text"),
+        (lambda c: c.embed("abc"), "embed: give a list of texts, not one text"),
+        (lambda c: c.embed([""]), r"texts\[0\]: is blank"),
+        (lambda c: c.embed(["a" * 20_000] * 900), "larger than max"),
+    ],
+)
+def test_a_wrong_call_is_one_line_that_says_what_to_do(
+    client: RetrievalClient, call: Callable[[RetrievalClient], object], message: str
+) -> None:
+    """A traceback from inside gRPC tells the caller neither the field nor the limit."""
+    with pytest.raises(ServeError, match=message) as wrong:
+        call(client)
+    assert "\n" not in str(wrong.value)
+    assert len(client.search("still fine").hits) == 10
+
+
+def test_nothing_listening_is_said_plainly() -> None:
+    """Most first calls fail because the server is not up."""
+    target = f"127.0.0.1:{free_port()}"
+    with RetrievalClient(target, timeout=1) as client:
+        with pytest.raises(ServeError, match=f"search at {target}: nothing answers there .* start the server"):
+            client.search("a")
+        with pytest.raises(ServeError, match=f"{target}: no health answer .* waited 0.3 s"):
+            client.wait_until_ready(0.3)
+
+
+def test_a_slow_server_is_an_expired_deadline(client: RetrievalClient, encoder: FakeEncoder, server: Running) -> None:
+    """A hang without a message is the worst report a user can make."""
+    encoder.gate.clear()
+    with (
+        RetrievalClient(server.target, timeout=0.3) as hasty,
+        pytest.raises(ServeError, match=r"no answer within 0.3 s|time ran out"),
+    ):
+        hasty.search("a")
+
+
+def test_overload_says_when_to_retry(start: Start, encoder: FakeEncoder) -> None:
+    """Clients that retry at once keep the server overloaded."""
+    running = start(encoder, limits=Limits(max_concurrent_requests=1))
+    with RetrievalClient(running.target) as client, ThreadPoolExecutor(1) as other:
+        encoder.gate.clear()
+        encoder.busy.clear()
+        stuck = other.submit(client.search, "a")
+        assert encoder.busy.wait(10)
+        with pytest.raises(ServeError, match=r"1 requests are being answered; try again later \(retry after 100 ms\)"):
+            client.search("b")
+        encoder.gate.set()
+        stuck.result(10)
+
+
+def test_waiting_ends_when_the_index_is_loaded_and_not_before(loop: asyncio.AbstractEventLoop) -> None:
+    """A script that starts the server and then asks must not race its loading."""
+    port, may_load, stop, limits = free_port(), threading.Event(), asyncio.Event(), Limits()
+
+    def load() -> Engine:
+        assert may_load.wait(20)
+        return Engine(FakeEncoder(), FakeSearcher(), limits, 1)
+
+    done = asyncio.run_coroutine_threadsafe(serve(load, stop, port=port, limits=limits), loop)
+    try:
+        with RetrievalClient(f"127.0.0.1:{port}") as client:
+            with pytest.raises(ServeError, match=r"loading or stopping; ask again later; waited 0.5 s"):
+                client.wait_until_ready(0.5)
+            may_load.set()
+            client.wait_until_ready(20)
+            assert client.index().document_count == 40
+    finally:
+        may_load.set()
+        loop.call_soon_threadsafe(stop.set)
+        done.result(20)
+
+
+def test_importing_the_client_loads_no_model_and_no_index_library() -> None:
+    """A client in a web application must not cost a hundred megabytes."""
+    heavy = ("onnxruntime", "faiss", "tokenizers", "torch", "transformers")
+    code = f"import sys, serve.client; sys.exit(str([name for name in {heavy} if name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "[]"

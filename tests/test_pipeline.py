@@ -1,0 +1,98 @@
+"""The whole path on a tiny collection with tiny models: every shipped recipe, and the promises on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_overrides as overrides
+from typer.testing import CliRunner
+
+from retrieval_kd.cli.main import app
+from retrieval_kd.recipes.loader import load_recipe, shipped_recipes
+from retrieval_kd.runs import Shortlist
+from retrieval_kd.stages import Workspace
+from retrieval_kd.teachers.cross_encoder import CrossEncoder
+
+RECIPES = sorted(set(shipped_recipes()) - {"demo"})
+MODES = ("asymmetric", "symmetric")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_trains_and_its_loss_falls(tiny: Path, name: str, mode: str) -> None:
+    """Without it a recipe could name a loss whose inputs no stage makes, found only by its first user."""
+    workspace = Workspace(load_recipe(name, overrides(tiny, mode)), tiny / "artifacts")
+    rows = [json.loads(line) for line in (workspace.student_folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["event"] == "train"]
+    assert len(losses) == 24
+    assert sum(losses[-4:]) < sum(losses[:4])
+    card = workspace.student.card
+    assert card.role == ("query" if mode == "asymmetric" else "symmetric")
+    assert (card.space_fingerprint == workspace.encoder.card.fingerprint) == (mode == "asymmetric")
+
+
+def test_only_pairs_without_a_score_are_scored(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a recipe with one more negative would pay for every pair again, hours on a real collection."""
+    workspace = Workspace(load_recipe("margin_mse", overrides(tiny, "asymmetric")), tiny / "artifacts")
+    before = workspace.raw_scores
+    documents = [document.doc_id for document in workspace.collection.documents()]
+    scored: list[int] = []
+    score = CrossEncoder.score
+    monkeypatch.setattr(
+        CrossEncoder, "score", lambda self, pairs, *rest: scored.append(len(pairs)) or score(self, pairs)
+    )
+    assert all(map(np.array_equal, workspace.cross_encoder_scores(workspace.candidates), before))
+    assert scored == []
+    longer = [
+        Shortlist(item.query_id, (*item.doc_ids, next(doc for doc in documents if doc not in item.doc_ids)))
+        for item in workspace.candidates
+    ]
+    after = workspace.cross_encoder_scores(longer)
+    assert sum(scored) == len(longer)
+    assert all(np.array_equal(new[:-1], old) and np.isfinite(new).all() for new, old in zip(after, before, strict=True))
+
+
+def test_the_matrix_of_recipes_is_whole() -> None:
+    """Without it a recipe left out of the package would leave the test above green."""
+    assert len(RECIPES) * len(MODES) >= 8
+
+
+def test_training_leaves_the_undistilled_baseline_alone(tiny: Path) -> None:
+    """Without it the row that shows what distillation bought could be the trained student under another name."""
+    workspace = Workspace(load_recipe("leaf", [*overrides(tiny, "asymmetric"), "seed=99"]), tiny / "artifacts")
+    trained = workspace.student.card.weights_hash
+    assert workspace.undistilled.card.weights_hash == workspace.untrained_student().card.weights_hash != trained
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rkd_run_from_recipe_to_report(tiny: Path, mode: str) -> None:
+    """Without it the stages could each work and the product not: served and offline rankings, report, links, reuse."""
+    out = tiny / f"run-{mode}"
+    arguments = ["run", "margin_mse", "--out", str(out), "--artifacts", str(tiny / "artifacts"), "--json"]
+    for override in overrides(tiny, mode):
+        arguments += ["--set", override]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "report.json").read_text())
+    assert {"collection", "split", "measures", "systems"} <= set(report)
+    needed = {"name", "role", "nDCG@10", "RR@10", "R@100", "queries", "params", "encode_ms_p50", "bytes_per_doc"}
+    assert all(needed <= set(system) for system in report["systems"])
+    roles = [system["role"] for system in report["systems"]]
+    assert roles == ["bm25", "bi-encoder", "reranker", "reranker", "start", "student", "server"]
+    assert {system["queries"] for system in report["systems"]} == {12}
+    student, served = report["systems"][-2:]
+    assert served["nDCG@10"] == student["nDCG@10"]
+    assert any("same ten documents" in note for note in report["notes"])
+    assert (out / "index" / "CURRENT").is_file()
+    assert (out / "encoder" / "model.onnx").is_file()
+    assert (out / "student" / "modules.json").is_file()
+    html = (out / "report.html").read_text()
+    assert "margin_mse student" in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    before = (out / "report.json").stat().st_mtime_ns
+    again = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert again.exit_code == 0
+    assert (out / "report.json").stat().st_mtime_ns == before
