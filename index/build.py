@@ -11,6 +11,7 @@ import numpy as np
 
 from index.manifest import GRAPH, IndexContent
 from index.store import IndexStore
+from index.threads import faiss_threads
 from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
@@ -86,15 +87,10 @@ def _write_graph(path: Path, vectors: Vectors, spec: IndexSpec) -> None:
     graph = faiss.IndexHNSWFlat(vectors.shape[1], spec.neighbours, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = spec.ef_construction
     graph.hnsw.efSearch = spec.ef_search
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        with progress("link the graph", len(vectors), "documents") as advance:
-            for block in _blocks(vectors):
-                graph.add(block)
-                advance(len(block))
-    finally:
-        faiss.omp_set_num_threads(threads)
+    with faiss_threads(1), progress("link the graph", len(vectors), "documents") as advance:
+        for block in _blocks(vectors):
+            graph.add(block)
+            advance(len(block))
     # faiss's own file writer loses an error of the last flush; a callback raises it.
     with atomic_write(path, "wb") as file:
         writer = faiss.PyCallbackIOWriter(file.write)  # type: ignore[attr-defined]  # faiss's stubs lack it

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from index.manifest import GRAPH, IndexManifest, check_files
 from index.store import VERSIONS, IndexStore
+from index.threads import faiss_threads
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
 from retrieval_kd.encoders.corpus import IDS, VECTORS, map_vectors, read_ids
@@ -127,9 +128,8 @@ class Searcher:
         if k < 1:
             raise DataError(f"k is {k}; ask for at least one document")
         k = min(k, self.count)
-        # OpenMP keeps this number for each calling thread, so it is set here and not once.
-        faiss.omp_set_num_threads(self._threads)
-        return self._exact(queries, k) if self._graph is None else self._walk(self._graph, queries, k)
+        with faiss_threads(self._threads):
+            return self._exact(queries, k) if self._graph is None else self._walk(self._graph, queries, k)
 
     def _checked(self, vectors: Vectors) -> Vectors:
         queries = np.ascontiguousarray(vectors, dtype=np.float32)

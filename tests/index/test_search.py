@@ -182,3 +182,18 @@ def test_properties_tell_what_is_open(opened: Searcher, big: EncodedCorpus) -> N
     assert opened.version.startswith("0000000001-")
     assert opened.bytes_per_doc >= 32 * 4 + len("d00000\n")
     assert opened.bytes_per_doc < (200 if opened.kind == "flat" else 600)
+
+
+def test_a_search_leaves_the_threads_of_others_alone(big: EncodedCorpus, tmp_path: Path) -> None:
+    """Without it a search would change how torch sums afterwards, and a resumed training its loss curve."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(2)
+    try:
+        opened = searcher(big, HNSW, tmp_path)
+        assert faiss.omp_get_max_threads() == 2
+        opened.search(big.vectors[:3], 5)
+        assert faiss.omp_get_max_threads() == 2
+    finally:
+        faiss.omp_set_num_threads(before)
