@@ -36,13 +36,16 @@ class TrainingSet:
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together."""
-        teacher = self.teacher if self.teacher is not None else [item.doc_ids for item in self.lists]
-        sizes = {len(self.lists), len(teacher), len(self.query_targets)}
+        sizes = {len(self.lists), len(self.query_targets)} | (
+            {len(self.teacher)} if self.teacher is not None else set()
+        )
         if len(sizes) != 1 or not self.lists:
             raise DataError(
                 f"training set: {sorted(sizes)} lists, scores and targets; make all from the same candidates"
             )
-        for item, scores in zip(self.lists, teacher, strict=True):
+        if self.teacher is None:
+            return
+        for item, scores in zip(self.lists, self.teacher, strict=True):
             if len(scores) != len(item.doc_ids):
                 raise DataError(
                     f"query {item.query_id!r}: {len(item.doc_ids)} candidates, {len(scores)} teacher scores"
