@@ -25,7 +25,7 @@ MODES = ("asymmetric", "symmetric")
 def test_every_recipe_trains_and_its_loss_falls(tiny: Path, name: str, mode: str) -> None:
     """Without it a recipe could name a loss whose inputs no stage makes, found only by its first user."""
     workspace = Workspace(load_recipe(name, overrides(tiny, mode)), tiny / "artifacts")
-    rows = [json.loads(line) for line in (workspace.student_folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (workspace.last.folder / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["event"] == "train"]
     assert len(losses) == 24
     assert sum(losses[-4:]) < sum(losses[:4])
@@ -37,20 +37,21 @@ def test_every_recipe_trains_and_its_loss_falls(tiny: Path, name: str, mode: str
 def test_only_pairs_without_a_score_are_scored(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it a recipe with one more negative would pay for every pair again, hours on a real collection."""
     workspace = Workspace(load_recipe("margin_mse", overrides(tiny, "asymmetric")), tiny / "artifacts")
-    before = workspace.raw_scores
+    teacher, candidates = workspace.last.teacher, workspace.last.candidates
+    before = teacher.cross_encoder_scores(candidates)
     documents = [document.doc_id for document in workspace.collection.documents()]
     scored: list[int] = []
     score = CrossEncoder.score
     monkeypatch.setattr(
         CrossEncoder, "score", lambda self, pairs, *rest: scored.append(len(pairs)) or score(self, pairs)
     )
-    assert all(map(np.array_equal, workspace.cross_encoder_scores(workspace.candidates), before))
+    assert all(map(np.array_equal, teacher.cross_encoder_scores(candidates), before))
     assert scored == []
     longer = [
         Shortlist(item.query_id, (*item.doc_ids, next(doc for doc in documents if doc not in item.doc_ids)))
-        for item in workspace.candidates
+        for item in candidates
     ]
-    after = workspace.cross_encoder_scores(longer)
+    after = teacher.cross_encoder_scores(longer)
     assert sum(scored) == len(longer)
     assert all(np.array_equal(new[:-1], old) and np.isfinite(new).all() for new, old in zip(after, before, strict=True))
 

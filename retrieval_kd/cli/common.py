@@ -39,7 +39,8 @@ def open_workspace(recipe: str, overrides: Sequence[str] | None, artifacts: Path
     from retrieval_kd.training.loop import check_losses
 
     # Both are first used after hours of scoring and training.
-    check_losses(loaded.losses)
+    for stage in loaded.training:
+        check_losses(stage.losses)
     for measure in loaded.evaluation.measures:
         parse_measure(measure)
     return Workspace(loaded, artifacts, announce)

@@ -23,7 +23,6 @@ from index.build import build_index
 from index.search import Searcher
 from retrieval_kd.artifacts import MANIFEST, Spec, atomic_write, build, file_sha256, fingerprint
 from retrieval_kd.collections.base import split_queries
-from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.errors import ServeError
@@ -133,12 +132,12 @@ def _evaluate(workspace: Workspace, folder: Path, command: str) -> None:
     baseline = measured(_over_index(workspace, workspace.encoder, workspace.encoder.card.name, "bi-encoder"))
     rerankers = (
         [measured(system) for system in _rerankers(workspace, bm25.run or {}, queries)]
-        if workspace.needs_teacher
+        if workspace.last.needs_teacher
         else []
     )
     start = measured(_over_index(workspace, workspace.undistilled, f"layer cut, undistilled ({mode})", "start"))
     offline = measured(_over_index(workspace, student, f"{recipe.name} student ({mode})", "student"))
-    with serving(_store(workspace), workspace.student_export) as target, RetrievalClient(target) as client:
+    with serving(_store(workspace), workspace.last.export) as target, RetrievalClient(target) as client:
         served = measured(
             ServerSystem(f"{recipe.name} student ({mode}), gRPC", client, workspace.collection, student.card.parameters)
         )
@@ -150,11 +149,20 @@ def _evaluate(workspace: Workspace, folder: Path, command: str) -> None:
         systems=[bm25, baseline, *rerankers, start, offline, served],
         documents=len(workspace.corpus.ids),
         baseline=baseline.name,
-        training={offline.name: workspace.student_folder / "metrics.jsonl"},
+        training=_curves(workspace, offline.name),
         provenance={"command": command, "recipe": resolved(recipe), "collection": workspace.collection.fingerprint},
         notes=_notes(baseline, rerankers, start, offline, len(queries)),
         seed=recipe.seed,
     )
+
+
+def _curves(workspace: Workspace, student: str) -> dict[str, Path]:
+    """Return each stage's training metrics by the name of its curves."""
+    staged = bool(workspace.recipe.stages)
+    return {
+        f"{student}, stage {stage.spec.name}" if staged else student: stage.folder / "metrics.jsonl"
+        for stage in workspace.training
+    }
 
 
 def require_same_top_ten(offline: Run, served: Run) -> None:
@@ -176,20 +184,13 @@ def _over_index(workspace: Workspace, encoder: OnnxEncoder, name: str, role: str
 def _version(workspace: Workspace, encoder: OnnxEncoder) -> Path:
     """Build the index that an encoder's queries search and return its version folder."""
     return build_index(
-        _documents_for(workspace, encoder), workspace.recipe.index, _store(workspace, encoder), encoder.card
+        workspace.documents_for(encoder), workspace.recipe.index, _store(workspace, encoder), encoder.card
     )
 
 
 def _store(workspace: Workspace, encoder: OnnxEncoder | None = None) -> Path:
-    corpus = _documents_for(workspace, encoder or workspace.student)
+    corpus = workspace.documents_for(encoder or workspace.student)
     return workspace.root / f"index-{corpus.fingerprint[:12]}"
-
-
-def _documents_for(workspace: Workspace, encoder: OnnxEncoder) -> EncodedCorpus:
-    """Return the corpus in the encoder's space: its own vectors, or those of the encoder it was distilled into."""
-    if encoder.card.space_fingerprint == workspace.encoder.card.space_fingerprint:
-        return workspace.corpus
-    return workspace.encoded_by(encoder)
 
 
 @dataclass(frozen=True)
@@ -212,17 +213,15 @@ class _ScoredRerank:
 
 def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> Iterator[System]:
     """Yield the teacher over BM25's top documents: the cross-encoder alone, then the ensemble if there is one."""
-    from retrieval_kd.scores.normalise import combine
-
-    recipe = workspace.recipe
-    depth = recipe.evaluation.rerank_depth
+    depth = workspace.recipe.evaluation.rerank_depth
     tops = {query_id: ranking.top(depth) for query_id, ranking in first.items() if len(ranking)}
     lists = [Shortlist(query_id, top.doc_ids) for query_id, top in tops.items()]
-    scores = workspace.cross_encoder_scores(lists)
+    teacher = workspace.last.teacher
+    scores = teacher.cross_encoder_scores(lists)
     timed = RerankSystem(
         "timed",
         RunSystem("BM25", first),
-        workspace.cross_encoder,
+        teacher.cross_encoder,
         workspace.collection,
         depth,
     )
@@ -234,12 +233,8 @@ def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> 
         return _ScoredRerank(f"{name} over BM25 top-{depth}", rankings, timed)
 
     yield system("cross-encoder", scores)
-    teacher = recipe.teacher
-    if teacher.encoder_weight > 0 and teacher.cross_encoder_weight > 0:
-        vectors = workspace.encoded_queries(queries)
-        members = zip(scores, workspace.encoder_scores(lists, vectors), strict=True)
-        weights = (teacher.cross_encoder_weight, teacher.encoder_weight)
-        yield system("teacher ensemble", [combine(pair, weights, teacher.normalise) for pair in members])
+    if teacher.spec.encoder_weight > 0 and teacher.spec.cross_encoder_weight > 0:
+        yield system("teacher ensemble", teacher.scores(lists, queries))
 
 
 def _notes(
@@ -266,8 +261,10 @@ def _notes(
 def _models(workspace: Workspace) -> dict[str, str]:
     """Return the hashes of the models a recipe names, which may change under the same name."""
     recipe = workspace.recipe
-    start = recipe.teacher.fine_tune.start if recipe.teacher.fine_tune else ""
-    names = {"encoder": recipe.encoder.model, "teacher": recipe.teacher.model, "teacher start": start}
+    names = {"encoder": recipe.encoder.model}
+    for stage in recipe.training:
+        start = stage.teacher.fine_tune.start if stage.teacher.fine_tune else ""
+        names |= {f"teacher of {stage.name}": stage.teacher.model, f"teacher start of {stage.name}": start}
     return {role: _folder_hash(resolve_model(name)) for role, name in names.items() if name}
 
 
@@ -281,8 +278,8 @@ def _links(workspace: Workspace) -> dict[str, Path]:
     """Return what a run's folder links to, by the link's name."""
     links = {
         INDEX: _store(workspace),
-        ENCODER: workspace.student_export,
-        STUDENT: workspace.student_folder,
+        ENCODER: workspace.last.export,
+        STUDENT: workspace.last.folder,
         DOCUMENT_ENCODER: workspace.encoder_export,
     }
-    return {**links, TEACHER: workspace.teacher_folder} if workspace.needs_teacher else links
+    return {**links, TEACHER: workspace.last.teacher.folder} if workspace.last.needs_teacher else links

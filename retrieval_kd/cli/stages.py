@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
 from retrieval_kd.cli.common import ARTIFACTS, Artifacts, AsJson, Overrides, RecipeName, emit, open_workspace
+
+if TYPE_CHECKING:
+    from retrieval_kd.stages import Workspace
+    from retrieval_kd.stages.training import TrainingStage
 
 
 def mine(
     recipe: RecipeName, overrides: Overrides = None, artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False
 ) -> None:
-    """Rank the corpus for every training query and draw the candidate lists."""
-    lists = open_workspace(recipe, overrides, artifacts).candidates
-    emit({"queries": len(lists), "candidates": sum(len(item.doc_ids) for item in lists)}, as_json)
+    """Mine every stage's candidates and say what was kept and why; a stage that mines with a student trains it."""
+    workspace = open_workspace(recipe, overrides, artifacts)
+    _emit_stages(workspace, lambda stage: {"folder": str(stage.mined.path), **stage.mined.summary}, as_json)
 
 
 def teach(
     recipe: RecipeName, overrides: Overrides = None, artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False
 ) -> None:
-    """Fine-tune the recipe's cross-encoder teacher, or find the one it names."""
-    emit({"teacher": str(open_workspace(recipe, overrides, artifacts).teacher_folder)}, as_json)
+    """Fine-tune each stage's cross-encoder teacher, or find the one it names."""
+    workspace = open_workspace(recipe, overrides, artifacts)
+    _emit_stages(workspace, lambda stage: {"teacher": str(stage.teacher.folder)}, as_json)
 
 
 def score(
     recipe: RecipeName, overrides: Overrides = None, artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False
 ) -> None:
-    """Score every candidate with the teacher and report spread, ties and a temperature that suits them."""
+    """Score each stage's candidates with its teacher; report spread, ties and a temperature that suits them."""
     from retrieval_kd.scores.inspect import inspect
 
-    emit(inspect(open_workspace(recipe, overrides, artifacts).raw_scores).to_json(), as_json)
+    def inspected(stage: TrainingStage) -> Mapping[str, Any]:
+        return inspect(stage.teacher.cross_encoder_scores(stage.candidates)).to_json()
+
+    _emit_stages(open_workspace(recipe, overrides, artifacts), inspected, as_json)
 
 
 def train(
     recipe: RecipeName, overrides: Overrides = None, artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False
 ) -> None:
-    """Train the student; a killed run goes on where it stopped."""
+    """Train the student through every stage; a killed run goes on where it stopped."""
     from retrieval_kd.artifacts import Artifact
 
-    folder = open_workspace(recipe, overrides, artifacts).student_folder
-    emit({"student": str(folder), **Artifact.load(folder).summary}, as_json)
+    def trained(stage: TrainingStage) -> Mapping[str, Any]:
+        return {"student": str(stage.folder), **Artifact.load(stage.folder).summary}
+
+    _emit_stages(open_workspace(recipe, overrides, artifacts), trained, as_json)
 
 
 def export(
@@ -45,5 +58,16 @@ def export(
     """Export the student to ONNX; nothing is published unless it reproduces torch."""
     from retrieval_kd.artifacts import Artifact
 
-    folder = open_workspace(recipe, overrides, artifacts).student_export
+    folder = open_workspace(recipe, overrides, artifacts).last.export
     emit({"encoder": str(folder), **Artifact.load(folder).summary}, as_json)
+
+
+def _emit_stages(workspace: Workspace, of_stage: Callable[[TrainingStage], Mapping[str, Any]], as_json: bool) -> None:
+    """Print a result for each stage of training; where there is only one, its result alone."""
+    if not workspace.recipe.stages:
+        emit(of_stage(workspace.last), as_json)
+    elif as_json:
+        emit({stage.spec.name: of_stage(stage) for stage in workspace.training}, as_json)
+    else:
+        for stage in workspace.training:
+            emit({"stage": stage.spec.name, **of_stage(stage)}, as_json)

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from retrieval_kd.errors import RecipeError, did_you_mean
-from retrieval_kd.recipes.schema import Recipe
+from retrieval_kd.recipes.schema import Recipe, StageSpec
 
 Section = TypeVar("Section")
 
@@ -61,6 +61,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{source}: a recipe is a mapping of keys, this is {type(raw).__name__}; mend the file")
     for assignment in overrides:
         _override(raw, assignment)
+    if isinstance(raw.get("stages"), list):
+        raw["stages"] = [_inheriting(stage, raw) for stage in raw["stages"]]
     recipe: Recipe = _read(Recipe, raw, "")
     return recipe
 
@@ -94,6 +96,20 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _inheriting(stage: Any, recipe: Mapping[str, Any]) -> Any:
+    """Return a stage with what it does not name taken from the recipe; see :class:`StageSpec`."""
+    if not isinstance(stage, dict):
+        return stage
+    shared = {field.name for field in dataclasses.fields(StageSpec)} & {
+        field.name for field in dataclasses.fields(Recipe)
+    }
+    inherited = {key: recipe[key] for key in shared - {"name"} if key in recipe}
+    for key in ("candidates", "schedule"):
+        if isinstance(inherited.get(key), dict) and isinstance(stage.get(key), dict):
+            stage = {**stage, key: {**inherited[key], **stage[key]}}
+    return {**inherited, **stage}
+
+
 def _override(raw: dict[str, Any], assignment: str) -> None:
     path, separator, text = assignment.partition("=")
     if not separator or not path:
@@ -120,9 +136,16 @@ def _override(raw: dict[str, Any], assignment: str) -> None:
 
 
 def _position(items: list[Any], key: str, path: str) -> int:
-    if not key.isdigit() or int(key) >= len(items):
-        raise RecipeError(f"--set {path}: {key!r} is not a position in a list of {len(items)}; count from 0")
-    return int(key)
+    """Return the place of a list's item that is called ``key``, or stands there counted from 0."""
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    if key in names:
+        return names.index(key)
+    if key.isdigit() and int(key) < len(items):
+        return int(key)
+    known = [str(name) for name in names if name is not None]
+    if known and not key.isdigit():
+        raise RecipeError(f"--set {path}: nothing here is called {key!r}{did_you_mean(key, known)}")
+    raise RecipeError(f"--set {path}: {key!r} is not a position in a list of {len(items)}; count from 0")
 
 
 def _first_field(path: str) -> str:
@@ -142,6 +165,8 @@ def _section(annotation: Any) -> Any:
 
 def _read(annotation: Any, value: Any, where: str) -> Any:
     origin = get_origin(annotation)
+    if annotation is StageSpec:
+        return _read_stage(value, where)
     if dataclasses.is_dataclass(annotation):
         return _read_section(annotation, value, where)
     if origin in (Union, types.UnionType):
@@ -175,6 +200,18 @@ def _read_section(kind: Any, value: Any, where: str) -> Any:
         if required and name not in value:
             raise RecipeError(f"{prefix}{name}: missing; every {where or 'recipe'} needs it")
     return kind(**{key: _read(hints[key], item, f"{prefix}{key}") for key, item in value.items()})
+
+
+def _read_stage(value: Any, where: str) -> StageSpec:
+    """Read a stage; what is wrong in it is told as in a recipe, after the stage's name."""
+    name = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(name, str):
+        raise RecipeError(f"{where}: a stage is a mapping with a name; write name: warmup")
+    try:
+        stage: StageSpec = _read_section(StageSpec, value, "")
+    except RecipeError as error:
+        raise RecipeError(f"stage {name!r}: {error}") from None
+    return stage
 
 
 def _read_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

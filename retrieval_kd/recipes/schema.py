@@ -6,11 +6,12 @@ A field's name is its key in YAML, its type and ``__post_init__`` say what value
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from retrieval_kd.errors import RecipeError
+from retrieval_kd.errors import RecipeError, did_you_mean
 
 DEMO_COLLECTION = "python-docs"
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
@@ -56,6 +57,71 @@ class EncoderSpec:
 
 
 @dataclass(frozen=True)
+class SourceSpec:
+    """A first stage whose run is pooled.
+
+    Attributes:
+        kind: ``bm25``; ``dense``, the nearest neighbours by an encoder; ``student``, those by the student that a
+            stage starts from, so that negatives are refreshed; ``run``, a TREC run over the training queries.
+        encoder: Of ``dense``: any encoder; the recipe's own when not named.
+        stage: Of ``student``: the earlier stage whose result ranks; the student as the present stage starts when
+            not named.
+        path: Of ``run``: the file.
+    """
+
+    kind: Literal["bm25", "dense", "student", "run"]
+    encoder: EncoderSpec | None = None
+    stage: str = ""
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what would be ignored."""
+        _require((self.kind == "run") == bool(self.path), "candidates.sources: run, and only run, takes a path")
+        _require(not self.stage or self.kind == "student", f"candidates.sources: {self.kind} takes no stage")
+        _require(self.encoder is None or self.kind == "dense", f"candidates.sources: {self.kind} takes no encoder")
+
+    @property
+    def name(self) -> str:
+        """Return what reports call it, such as ``bm25`` or ``student warmup``."""
+        named = (self.kind, self.encoder.model if self.encoder else "", self.stage, self.path)
+        return " ".join(part for part in named if part)
+
+
+@dataclass(frozen=True)
+class FilterSpec:
+    """Which pooled documents the teacher finds too relevant to be negatives; all bounds given must hold.
+
+    Scores are the teacher's over the pool, as the recipe combines them; raw logits where ``teacher.normalise`` is
+    ``none``. The positive that bounds are relative to is the worst scored one of the list.
+
+    Attributes:
+        max_score: Highest score.
+        margin: A negative lies at least this far below the positive.
+        ratio: Highest share of the positive's score, as in NV-Retriever (arXiv 2407.15831); below a positive with a
+            negative score by ``(1 - ratio)`` of its size, so that the bound always lies below the positive.
+        percentiles: Lowest and highest percentile of the pool's own scores, 0 to 100.
+    """
+
+    max_score: float | None = None
+    margin: float | None = None
+    ratio: float | None = None
+    percentiles: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse filters that bound nothing or everything."""
+        bounds = (self.max_score, self.margin, self.ratio, self.percentiles)
+        _require(any(bound is not None for bound in bounds), "candidates.filter: empty; give a bound or leave it out")
+        _require(self.margin is None or self.margin >= 0, f"candidates.filter.margin: {self.margin} is negative")
+        _require(self.ratio is None or 0 < self.ratio <= 1, f"candidates.filter.ratio: {self.ratio} is not in (0, 1]")
+        if self.percentiles is not None:
+            low, high = self.percentiles
+            _require(
+                0 <= low < high <= 100,
+                f"candidates.filter.percentiles: [{low}, {high}] must lie in 0..100, first before last",
+            )
+
+
+@dataclass(frozen=True)
 class CandidatesSpec:
     """Which documents the teacher scores for each training query.
 
@@ -63,21 +129,26 @@ class CandidatesSpec:
         sources: First stages whose runs are pooled.
         depth: Ranks each source keeps.
         window: First and last rank (1-based, inclusive) that negatives are drawn from.
+        filter: What the teacher's scores leave out of the pool.
         negatives: Negatives drawn for each query.
         positives: At most this many judged positives in a list.
-        strategy: ``random`` draws from the window, ``top`` takes its best ranks.
+        strategy: ``random`` draws from the pool, ``top`` takes its best ranks, ``stratified`` draws one from each of
+            ``negatives`` equal parts of the pool in the order of the teacher's scores.
     """
 
-    sources: tuple[Literal["bm25", "dense"], ...] = ("bm25", "dense")
+    sources: tuple[SourceSpec, ...] = (SourceSpec("bm25"), SourceSpec("dense"))
     depth: int = 100
     window: tuple[int, int] = (1, 30)
+    filter: FilterSpec | None = None
     negatives: int = 3
     positives: int = 1
-    strategy: Literal["random", "top"] = "random"
+    strategy: Literal["random", "top", "stratified"] = "random"
 
     def __post_init__(self) -> None:
         """Refuse windows that hold no candidate."""
-        _require(len(self.sources) > 0, "candidates.sources: empty; name bm25, dense or both")
+        _require(len(self.sources) > 0, "candidates.sources: empty; name bm25, dense, student or run")
+        names = [source.name for source in self.sources]
+        _require(len(set(names)) == len(names), f"candidates.sources: {names} names one twice")
         _require(self.depth >= 1, f"candidates.depth: {self.depth} must be at least 1")
         _require(self.negatives >= 1, f"candidates.negatives: {self.negatives} must be at least 1")
         _require(self.positives >= 1, f"candidates.positives: {self.positives} must be at least 1")
@@ -86,6 +157,11 @@ class CandidatesSpec:
             1 <= first <= last <= self.depth,
             f"candidates.window: [{first}, {last}] must lie in 1..depth ({self.depth}), first before last",
         )
+
+    @property
+    def needs_scores(self) -> bool:
+        """Return whether the pool has to be scored before negatives are drawn."""
+        return self.filter is not None or self.strategy == "stratified"
 
 
 @dataclass(frozen=True)
@@ -247,6 +323,80 @@ class ScheduleSpec:
 
 
 @dataclass(frozen=True)
+class SelectionSpec:
+    """Which of a stage's candidate lists it trains on.
+
+    Attributes:
+        kind: ``all``, or ``disagreement``: the lists whose best positive the teacher ranks well and the student, as
+            the stage starts, does not (PROD's data-progressive stage, arXiv 2209.13335).
+        teacher_rank: Worst rank (1-based) of that positive by the teacher.
+        student_ranks: First and last rank (inclusive) of it by the student.
+    """
+
+    kind: Literal["all", "disagreement"] = "all"
+    teacher_rank: int = 1
+    student_ranks: tuple[int, int] = (2, 15)
+
+    def __post_init__(self) -> None:
+        """Refuse ranks that no list has."""
+        first, last = self.student_ranks
+        _require(self.teacher_rank >= 1, f"selection.teacher_rank: {self.teacher_rank} must be at least 1")
+        _require(1 <= first <= last, f"selection.student_ranks: [{first}, {last}] must start at 1 or later, in order")
+
+
+@dataclass(frozen=True)
+class JointSpec:
+    """A teacher that learns along with the student (RocketQAv2, arXiv 2110.07367).
+
+    The teacher's cross-encoder scores each batch as it is, with gradients; both are checkpointed, and the trained
+    cross-encoder is saved in ``reranker`` beside the student.
+
+    Attributes:
+        learning_rate: Its peak rate; the schedule's shape is the student's.
+    """
+
+    learning_rate: float = 1e-5
+
+    def __post_init__(self) -> None:
+        """Refuse rates that cannot train."""
+        _require(0 < self.learning_rate < 1, f"joint.learning_rate: {self.learning_rate} is not in (0, 1)")
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage of training; it starts from the best weights of the stage before it.
+
+    What a stage does not name it has from the recipe's own keys of the same names: ``candidates`` and ``schedule``
+    key by key, the others as a whole.
+
+    Attributes:
+        name: Its name, of letters, digits, ``_`` and ``-``.
+        candidates: Its lists.
+        teacher: Whose scores it learns.
+        losses: The terms of its loss.
+        schedule: How long and how fast.
+        selection: Which lists it trains on.
+        joint: Train the teacher too.
+    """
+
+    name: str
+    candidates: CandidatesSpec = CandidatesSpec()
+    teacher: TeacherSpec = TeacherSpec()
+    losses: tuple[LossSpec, ...] = ()
+    schedule: ScheduleSpec = ScheduleSpec()
+    selection: SelectionSpec = SelectionSpec()
+    joint: JointSpec | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse stages that could not be named on the command line, or would train nothing."""
+        _require(
+            re.fullmatch(r"[A-Za-z][\w-]*", self.name) is not None,
+            f"name: {self.name!r} must be letters, digits, _ and -, a letter first",
+        )
+        _require(len(self.losses) > 0, "losses is empty; name at least one")
+
+
+@dataclass(frozen=True)
 class ExportSpec:
     """The parity gate between torch and ONNX.
 
@@ -325,6 +475,9 @@ class Recipe:
         source: The paper or thread it descends from.
         follows: Where paper and released code differ, which one this follows.
         seed: Seed of every draw.
+        stages: The stages of training, in order; the recipe's own ``candidates``, ``teacher``, ``losses``,
+            ``schedule``, ``selection`` and ``joint`` are what a stage does not name, and the only stage where there
+            are none. A teacher is fine-tuned on the recipe's own candidates, whichever stage names it.
     """
 
     name: str
@@ -339,10 +492,40 @@ class Recipe:
     student: StudentSpec = StudentSpec()
     losses: tuple[LossSpec, ...] = ()
     schedule: ScheduleSpec = ScheduleSpec()
+    selection: SelectionSpec = SelectionSpec()
+    joint: JointSpec | None = None
+    stages: tuple[StageSpec, ...] = ()
     export: ExportSpec = ExportSpec()
     index: IndexSpec = IndexSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
 
     def __post_init__(self) -> None:
-        """Refuse a recipe that would train nothing."""
-        _require(len(self.losses) > 0, f"recipe {self.name}: losses is empty; name at least one")
+        """Refuse a recipe that would train nothing, or names a stage that is not there when it is needed."""
+        if not self.stages:
+            _require(len(self.losses) > 0, f"recipe {self.name}: losses is empty; name at least one")
+        names = [stage.name for stage in self.stages]
+        _require(len(set(names)) == len(names), f"stages: {names} has two of one name; give each its own")
+        _require_done("", self.candidates, (), names)
+        for i, stage in enumerate(self.stages):
+            _require_done(f"stage {stage.name!r}: ", stage.candidates, names[:i], names)
+
+    @property
+    def training(self) -> tuple[StageSpec, ...]:
+        """Return the stages of training: ``stages``, or the one that the recipe's own keys describe."""
+        if self.stages:
+            return self.stages
+        shared = {part.name for part in fields(StageSpec)} - {"name"}
+        return (StageSpec("train", **{name: getattr(self, name) for name in shared}),)
+
+
+def _require_done(where: str, candidates: CandidatesSpec, done: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse sources that are the result of no stage, or of one that is not ``done`` when they rank."""
+    for source in candidates.sources:
+        if source.stage and source.stage not in names:
+            raise RecipeError(
+                f"{where}candidates.sources: no stage {source.stage!r}{did_you_mean(source.stage, names)}"
+            )
+        _require(
+            not source.stage or source.stage in done,
+            f"{where}candidates.sources: stage {source.stage!r} is not done by then; name an earlier one",
+        )

@@ -14,13 +14,9 @@ from hypothesis import strategies as st
 from mining_fakes import MemoryCollection
 
 from retrieval_kd.errors import DataError
-from retrieval_kd.mining.candidates import (
-    CandidateList,
-    MiningReport,
-    read_candidates,
-    sample_candidates,
-    write_candidates,
-)
+from retrieval_kd.mining.candidates import CandidateList, read_candidates, write_candidates
+from retrieval_kd.mining.pool import MiningReport
+from retrieval_kd.mining.sampling import sample_candidates
 from retrieval_kd.recipes.schema import CandidatesSpec
 from retrieval_kd.runs import Ranking, rank
 

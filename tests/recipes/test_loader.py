@@ -57,7 +57,7 @@ def test_the_saved_recipe_is_the_recipe(name: str, tmp_path: Path) -> None:
         ("schedule.learning_rate=fast", "schedule.learning_rate: 'fast' is not a number"),
         ("candidates.window=[5,2]", "candidates.window: [5, 2] must lie in 1..depth"),
         ("candidates.window=[1,2,3]", "candidates.window: 3 values, it takes 2"),
-        ("candidates.sources=[bm52]", "candidates.sources.0: 'bm52', did you mean 'bm25'?"),
+        ("candidates.sources=[bm52]", "candidates.sources.0.kind: 'bm52', did you mean 'bm25'?"),
         ("losses.7.weight=1", "'7' is not a position in a list of"),
         ("losses.0.weight=0", "it must be above 0"),
         ("losses.0.weight=.inf", "losses.0.weight: inf is not a finite number"),

@@ -1,0 +1,193 @@
+"""One stage of training: its candidates, its teacher's scores, and the student it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrieval_kd.artifacts import Artifact, Spec, build
+from retrieval_kd.encoders.card import EncoderCard
+from retrieval_kd.encoders.onnx import OnnxEncoder
+from retrieval_kd.errors import DataError, RecipeError
+from retrieval_kd.mining.candidates import LISTS, CandidateList, write_candidates
+from retrieval_kd.mining.selection import SelectionReport, in_disagreement
+from retrieval_kd.recipes.schema import StageSpec
+from retrieval_kd.runs import Scores
+from retrieval_kd.stages.teaching import Teaching, identity
+
+if TYPE_CHECKING:
+    import torch
+
+    from retrieval_kd.encoders.torch_encoder import TorchEncoder
+    from retrieval_kd.stages.workspace import Workspace
+    from retrieval_kd.training.towers import DocumentTower
+
+
+class TrainingStage:
+    """A stage in a workspace; it starts from the best weights of the one before it."""
+
+    def __init__(self, workspace: Workspace, spec: StageSpec, earlier: Sequence[TrainingStage]) -> None:
+        """Prepare a stage; nothing runs yet.
+
+        Args:
+            workspace: Where it runs.
+            spec: What it does.
+            earlier: The stages before it, in order.
+        """
+        self.spec = spec
+        self._workspace = workspace
+        self._earlier = {stage.spec.name: stage for stage in earlier}
+        self._previous = earlier[-1] if earlier else None
+
+    @cached_property
+    def teacher(self) -> Teaching:
+        """Return the stage's teacher."""
+        return self._workspace.teacher(self.spec.teacher)
+
+    @cached_property
+    def needs_teacher(self) -> bool:
+        """Return whether training, rather than mining, reads the teacher's scores."""
+        from retrieval_kd.losses.registry import LOSSES
+
+        infos = [LOSSES[loss.name] for loss in self.spec.losses]
+        reads = any(info.kind != "embeddings" and "teacher" in info.needs for info in infos)
+        return reads or self.spec.selection.kind == "disagreement"
+
+    @cached_property
+    def mined(self) -> Artifact:
+        """Mine each training query's candidate list; the report is the manifest's summary."""
+        teacher = self.teacher if self.spec.candidates.needs_scores else None
+        return self._workspace.mine(self.spec.candidates, self._student, f"candidates{self._of_stage}", teacher)
+
+    def _student(self, stage: str) -> OnnxEncoder:
+        """Return the student as an earlier stage left it, or as this stage finds it."""
+        return self._earlier[stage].encoder if stage else self.start_encoder
+
+    @cached_property
+    def candidates(self) -> list[CandidateList]:
+        """Return the mined lists."""
+        return self._workspace.read_lists(self.mined)
+
+    @cached_property
+    def start_encoder(self) -> OnnxEncoder:
+        """Open the student that the stage starts from, exported."""
+        return self._previous.encoder if self._previous else self._workspace.undistilled
+
+    @cached_property
+    def selected(self) -> Artifact | None:
+        """Select the lists that the stage trains on; None where it trains on all of them."""
+        selection = self.spec.selection
+        if selection.kind == "all":
+            return None
+        workspace = self._workspace
+        spec = Spec(
+            "select",
+            config=dataclasses.asdict(selection),
+            inputs={
+                "candidates": identity(self.candidates),
+                "teacher": self.teacher.fingerprint,
+                "student": self.start_encoder.card.fingerprint,
+            },
+        )
+        folder = workspace.folder(spec, f"select lists{self._of_stage}")
+
+        def work(target: Path) -> Mapping[str, Any]:
+            report = SelectionReport()
+            student = workspace.encoder_scores(self.candidates, self.start_encoder, workspace.training_queries)
+            kept = list(in_disagreement(self.candidates, self._scores(self.candidates), student, selection, report))
+            if not kept:
+                raise DataError(
+                    f"stage {self.spec.name!r}: selection keeps none of {len(self.candidates)} lists "
+                    f"({report.left_out}); widen selection.student_ranks or mine more negatives"
+                )
+            write_candidates(target / LISTS, kept)
+            return report.to_json()
+
+        return build(folder, spec, work)
+
+    @cached_property
+    def lists(self) -> list[CandidateList]:
+        """Return the lists that the stage trains on."""
+        return self.candidates if self.selected is None else self._workspace.read_lists(self.selected)
+
+    def _scores(self, lists: Sequence[CandidateList]) -> list[Scores]:
+        return self.teacher.scores(lists, self._workspace.training_queries)
+
+    @cached_property
+    def teacher_scores(self) -> list[Scores]:
+        """Return the teacher's scores of the lists that the stage trains on: one float32 array a list."""
+        return self._scores(self.lists)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Train the student and return its folder: a sentence-transformers model with its card and metrics."""
+        workspace = self._workspace
+        recipe, stage = workspace.recipe, self.spec
+        config = {
+            "student": dataclasses.asdict(recipe.student),
+            "losses": [dataclasses.asdict(loss) for loss in stage.losses],
+            "schedule": dataclasses.asdict(stage.schedule),
+        }
+        inputs = {
+            "collection": workspace.collection.fingerprint,
+            "encoder": workspace.encoder.card.fingerprint,
+            "lists": identity(self.lists),
+            "teacher": self.teacher.fingerprint if self.needs_teacher else "",
+            "start": EncoderCard.load(self._previous.folder).fingerprint if self._previous else "",
+        }
+        spec = Spec("train", config, inputs, recipe.seed)
+        folder = workspace.folder(spec, f"train the {recipe.student.mode} student{self._of_stage}")
+        build(folder, spec, self._train)
+        return folder
+
+    def _start(self) -> TorchEncoder:
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+        return TorchEncoder.open(self._previous.folder) if self._previous else self._workspace.untrained_student()
+
+    def _train(self, folder: Path) -> Mapping[str, Any]:
+        from retrieval_kd.training.batches import TrainingSet
+        from retrieval_kd.training.loop import train
+        from retrieval_kd.training.towers import FrozenDocuments, LiveDocuments
+
+        workspace, stage = self._workspace, self.spec
+        if stage.joint is not None:
+            raise RecipeError(f"stage {stage.name!r}: joint: training does not move a teacher yet; leave it out")
+        student = self._start()
+        rows = [workspace.query_vectors.row_of[item.query_id] for item in self.lists]
+        data = TrainingSet(
+            lists=self.lists,
+            texts=workspace.training_queries,
+            teacher=self.teacher_scores if self.needs_teacher else None,
+            qrels=workspace.collection.qrels("train"),
+            query_targets=workspace.query_vectors.vectors[rows],
+        )
+
+        def documents(device: torch.device) -> DocumentTower:
+            if workspace.recipe.student.mode == "asymmetric":
+                return FrozenDocuments(workspace.corpus, device)
+            return LiveDocuments(student, workspace.collection, workspace.corpus, stage.schedule.micro_tokens, device)
+
+        seed = workspace.recipe.seed
+        summary = train(student, documents, data, workspace.dev_set, stage.losses, stage.schedule, seed, folder)
+        student.save(folder)
+        return {"stage": stage.name, **summary}
+
+    @cached_property
+    def export(self) -> Path:
+        """Export the trained student through the parity gate and return the ONNX encoder's folder."""
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+        return self._workspace.export(TorchEncoder.open(self.folder))
+
+    @cached_property
+    def encoder(self) -> OnnxEncoder:
+        """Open the exported student."""
+        return OnnxEncoder.load(self.export)
+
+    @property
+    def _of_stage(self) -> str:
+        return f" of stage {self.spec.name}" if self._workspace.recipe.stages else ""

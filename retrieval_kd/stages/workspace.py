@@ -1,0 +1,362 @@
+"""A recipe, the folder its artifacts live in, and what its stages share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrieval_kd.artifacts import MANIFEST, Artifact, Spec, build, file_sha256, fingerprint
+from retrieval_kd.collections import open_collection
+from retrieval_kd.collections.base import Collection, dev_queries, training_queries
+from retrieval_kd.collections.beir import write_beir
+from retrieval_kd.collections.python_docs import PythonDocs, installed_versions
+from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
+from retrieval_kd.encoders.onnx import OnnxEncoder
+from retrieval_kd.mining.bm25 import VARIANT, bm25_run
+from retrieval_kd.mining.candidates import LISTS, CandidateList, read_candidates, write_candidates
+from retrieval_kd.mining.dense import dense_run
+from retrieval_kd.mining.pool import MiningReport
+from retrieval_kd.mining.sampling import sample_candidates
+from retrieval_kd.recipes.schema import (
+    DEMO_COLLECTION,
+    CandidatesSpec,
+    CollectionSpec,
+    EncoderSpec,
+    FineTuneSpec,
+    Recipe,
+    SourceSpec,
+    TeacherSpec,
+)
+from retrieval_kd.runs import Run, Scores, Shortlist, read_trec, write_trec
+from retrieval_kd.stages.first_stage import FirstStage
+from retrieval_kd.stages.teaching import Teaching
+from retrieval_kd.stages.training import TrainingStage
+
+if TYPE_CHECKING:
+    from retrieval_kd.encoders.torch_encoder import TorchEncoder
+    from retrieval_kd.export.onnx_export import Probes
+    from retrieval_kd.training.dev import DevSet
+
+RUN = "run.trec"
+DEV_POOL_QUERIES = 100
+DEV_POOL_DEPTH = 10
+PROBE_QUERIES = 200
+PROBE_DOCUMENTS = 100
+Announce = Callable[[str], None]
+
+
+class Workspace:
+    """A recipe and the folder its artifacts live in; each property or method is a stage."""
+
+    def __init__(self, recipe: Recipe, root: Path, announce: Announce = lambda _: None) -> None:
+        """Prepare the stages of ``recipe`` under ``root``; nothing runs yet.
+
+        Args:
+            recipe: What to make.
+            root: Where artifacts live; shared between recipes.
+            announce: Called with one sentence before each stage that has work to do.
+        """
+        self.recipe = recipe
+        self.root = root
+        self._announce = announce
+        self._teachers: dict[TeacherSpec, Teaching] = {}
+
+    @cached_property
+    def collection(self) -> Collection:
+        """Open the recipe's collection; the built-in one is read from the installed sources once and kept."""
+        spec = self.recipe.collection
+        if DEMO_COLLECTION in (spec.path, *spec.distractors):
+            kept = str(self._python_docs())
+            paths = [kept if path == DEMO_COLLECTION else path for path in (spec.path, *spec.distractors)]
+            spec = CollectionSpec(paths[0], tuple(paths[1:]))
+        return open_collection(spec)
+
+    def _python_docs(self) -> Path:
+        spec = Spec("collect", {"collection": DEMO_COLLECTION}, installed_versions())
+        folder = self.folder(spec, "read the docstrings of the installed packages")
+
+        def work(target: Path) -> Mapping[str, Any]:
+            collection = PythonDocs()
+            write_beir(collection, target / collection.name)
+            return {"documents": sum(1 for _ in collection.documents())}
+
+        build(folder, spec, work)
+        return folder / PythonDocs.name
+
+    @cached_property
+    def start(self) -> TorchEncoder:
+        """Load the encoder that everything starts from."""
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+        return TorchEncoder.load(self.recipe.encoder)
+
+    @cached_property
+    def encoder_export(self) -> Path:
+        """Export the recipe's encoder, which encodes documents and is a teacher of its own; return its folder."""
+        return self.export(self.start)
+
+    @cached_property
+    def encoder(self) -> OnnxEncoder:
+        """Open the recipe's encoder."""
+        return OnnxEncoder.load(self.encoder_export)
+
+    @cached_property
+    def corpus(self) -> EncodedCorpus:
+        """Encode every document with the recipe's encoder."""
+        return self.encoded_by(self.encoder)
+
+    def encoded_by(self, encoder: OnnxEncoder) -> EncodedCorpus:
+        """Encode every document with any encoder."""
+        card = encoder.card
+        inputs = {"encoder": card.fingerprint, "space": card.space, "corpus": self.collection.corpus_fingerprint}
+        folder = self.folder(Spec("encode", {}, inputs), f"encode the corpus with {card.name}")
+        encode_corpus(encoder, self.collection, folder)
+        return EncodedCorpus.load(folder)
+
+    def documents_for(self, encoder: OnnxEncoder) -> EncodedCorpus:
+        """Return the corpus in an encoder's space: its own vectors, or those of the encoder it was distilled into."""
+        if encoder.card.space_fingerprint == self.encoder.card.space_fingerprint:
+            return self.corpus
+        return self.encoded_by(encoder)
+
+    def first_stages(self, candidates: CandidatesSpec, student: Callable[[str], OnnxEncoder]) -> list[FirstStage]:
+        """Return the sources of candidates; each ranks the corpus for every train and dev query when it is read.
+
+        Args:
+            candidates: The sources and the ranks they keep.
+            student: The student that an earlier stage left, by the stage's name; the present one by ``""``.
+        """
+        return [self._first_stage(source, candidates.depth, student) for source in candidates.sources]
+
+    def _first_stage(self, source: SourceSpec, depth: int, student: Callable[[str], OnnxEncoder]) -> FirstStage:
+        if source.kind == "run":
+            path = Path(source.path)
+            # Reading it now says what is wrong with it before anything is ranked.
+            run = read_trec(path)
+            return FirstStage(source.name, file_sha256(path), lambda: run)
+        if source.kind == "bm25":
+            return self._ranked(source, depth, VARIANT, lambda queries: bm25_run(self.collection, queries, depth))
+        if source.kind == "student":
+            encoder = student(source.stage)
+        else:
+            encoder = self.exported(source.encoder) if source.encoder else self.encoder
+
+        def dense(queries: Mapping[str, str]) -> Run:
+            return dense_run(encoder, queries, self.documents_for(encoder), depth)
+
+        return self._ranked(source, depth, encoder.card.fingerprint, dense)
+
+    def _ranked(
+        self, source: SourceSpec, depth: int, ranker: str, retrieve: Callable[[Mapping[str, str]], Run]
+    ) -> FirstStage:
+        """Return a source whose run is an artifact."""
+        queries = {**self.training_queries, **self.dev[0]}
+        inputs = {"collection": self.collection.fingerprint, "queries": fingerprint(queries), "ranker": ranker}
+        spec = Spec("mine", {"source": source.kind, "depth": depth}, inputs)
+
+        def work(target: Path) -> Mapping[str, Any]:
+            write_trec(target / RUN, retrieve(queries), source.kind)
+            return {"queries": len(queries)}
+
+        def run() -> Run:
+            folder = self.folder(spec, f"mine candidates with {source.name}")
+            build(folder, spec, work)
+            return read_trec(folder / RUN)
+
+        return FirstStage(source.name, spec.fingerprint, run)
+
+    @cached_property
+    def training_queries(self) -> dict[str, str]:
+        """Return the queries that may be trained on."""
+        return training_queries(self.collection)
+
+    @cached_property
+    def dev(self) -> tuple[dict[str, str], Any]:
+        """Return the texts and judgements of the queries that choose among checkpoints."""
+        return dev_queries(self.collection)
+
+    def mine(
+        self,
+        candidates: CandidatesSpec,
+        student: Callable[[str], OnnxEncoder],
+        label: str,
+        teacher: Teaching | None = None,
+        limit: int = 0,
+    ) -> Artifact:
+        """Mine a candidate list for each training query; the report is the manifest's summary.
+
+        Args:
+            candidates: Sources, filters, strategy.
+            student: As in :meth:`first_stages`.
+            label: What the lists are for.
+            teacher: Scores the pools, where ``candidates.needs_scores``.
+            limit: Mine for this many queries, chosen by a hash of their ids; for all when 0.
+        """
+        sources = self.first_stages(candidates, student)
+        inputs = {
+            "collection": self.collection.fingerprint,
+            "queries": fingerprint(self.training_queries),
+            "sources": fingerprint([source.fingerprint for source in sources]),
+            "teacher": teacher.fingerprint if teacher else "",
+        }
+        stage = Spec("sample", {**dataclasses.asdict(candidates), "limit": limit}, inputs, self.recipe.seed)
+        folder = self.folder(stage, f"sample {label}")
+
+        def score(lists: Sequence[Shortlist]) -> list[Scores]:
+            assert teacher is not None
+            return teacher.scores(lists, self.training_queries)
+
+        def work(target: Path) -> Mapping[str, Any]:
+            runs = {source.name: source.run for source in sources}
+            report, scorer = MiningReport(), score if teacher else None
+            lists = sample_candidates(
+                self.collection,
+                runs,
+                candidates,
+                self.recipe.seed,
+                report,
+                scorer,
+                list(_some_queries(self.training_queries, limit)),
+            )
+            write_candidates(target / LISTS, lists)
+            return report.to_json()
+
+        return build(folder, stage, work)
+
+    def read_lists(self, mined: Artifact) -> list[CandidateList]:
+        """Read the lists of a mining or selecting stage."""
+        return read_candidates(mined.path / LISTS)
+
+    def lists_for_teacher(self, spec: FineTuneSpec) -> list[CandidateList]:
+        """Mine what a cross-encoder is fine-tuned on: the recipe's own candidates, before any teacher can filter."""
+        own = self.recipe.candidates
+        strategy = "random" if own.strategy == "stratified" else own.strategy
+        candidates = dataclasses.replace(own, negatives=spec.negatives, strategy=strategy, filter=None)
+        return self.read_lists(
+            self.mine(candidates, self._untrained, label="lists for the teacher", limit=spec.queries)
+        )
+
+    def _untrained(self, _: str) -> OnnxEncoder:
+        return self.undistilled
+
+    def teacher(self, spec: TeacherSpec) -> Teaching:
+        """Return the teacher of a stage; stages that name the same one share it."""
+        return self._teachers.setdefault(spec, Teaching(self, spec))
+
+    @cached_property
+    def training(self) -> tuple[TrainingStage, ...]:
+        """Return the recipe's stages of training, in order."""
+        stages: list[TrainingStage] = []
+        for spec in self.recipe.training:
+            stages.append(TrainingStage(self, spec, tuple(stages)))
+        return tuple(stages)
+
+    @property
+    def last(self) -> TrainingStage:
+        """Return the stage whose student is the recipe's."""
+        return self.training[-1]
+
+    @cached_property
+    def query_vectors(self) -> EncodedCorpus:
+        """Encode the training queries with the recipe's encoder: targets, and half of an ensemble."""
+        return self.encoded_queries(self.training_queries, self.encoder)
+
+    def encoded_queries(self, queries: Mapping[str, str], encoder: OnnxEncoder) -> EncodedCorpus:
+        """Encode any queries with any encoder."""
+        inputs = {"encoder": encoder.card.fingerprint, "queries": fingerprint(dict(queries))}
+        folder = self.folder(Spec("encode", {}, inputs), f"encode {len(queries):,} queries with {encoder.card.name}")
+        return encode_texts(encoder, queries, "query", folder)
+
+    def encoder_scores(
+        self, lists: Sequence[Shortlist], encoder: OnnxEncoder, queries: Mapping[str, str]
+    ) -> list[Scores]:
+        """Score shortlists of ``queries``, which are all encoded, by the dot product of an encoder's vectors."""
+        from retrieval_kd.teachers.bi_encoder import score_with_vectors
+
+        vectors = self.encoded_queries(queries, encoder)
+        rows = [vectors.row_of[item.query_id] for item in lists]
+        return score_with_vectors(vectors.vectors[rows], self.documents_for(encoder), lists)
+
+    def untrained_student(self) -> TorchEncoder:
+        """Build the student before any training, the layer-cut start; anew for each caller, for training changes it."""
+        from retrieval_kd.students.build import build_student
+
+        return build_student(self.start, self.recipe.student, self.start.card)
+
+    @cached_property
+    def dev_set(self) -> DevSet:
+        """Return the dev queries with what they search; the same for every stage, so that curves compare."""
+        from retrieval_kd.training.dev import DevSet
+
+        queries, qrels = self.dev
+        if self.recipe.student.mode == "asymmetric":
+            return DevSet(queries, qrels, self.collection, self.corpus)
+        chosen = _some_queries(queries, DEV_POOL_QUERIES)
+        judged = {query_id: qrels[query_id] for query_id in chosen}
+        pool = {doc_id for grades in judged.values() for doc_id in grades}
+        for source in self.first_stages(self.recipe.candidates, self._untrained):
+            run = source.run
+            pool.update(
+                doc_id for query_id in chosen if query_id in run for doc_id in run[query_id].doc_ids[:DEV_POOL_DEPTH]
+            )
+        return DevSet(chosen, judged, self.collection, corpus=None, pool=tuple(sorted(pool)))
+
+    @property
+    def student(self) -> OnnxEncoder:
+        """Open the exported student of the last stage."""
+        return self.last.encoder
+
+    @cached_property
+    def undistilled(self) -> OnnxEncoder:
+        """Export the layer-cut start, the baseline that shows what distillation bought."""
+        return OnnxEncoder.load(self.export(self.untrained_student()))
+
+    def exported(self, spec: EncoderSpec) -> OnnxEncoder:
+        """Export any published encoder."""
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+        return OnnxEncoder.load(self.export(TorchEncoder.load(spec)))
+
+    def export(self, encoder: TorchEncoder) -> Path:
+        """Export an encoder through the parity gate and return the ONNX encoder's folder."""
+        from retrieval_kd.export.onnx_export import export_encoder
+
+        card = encoder.card
+        spec = Spec(
+            "export",
+            config={**dataclasses.asdict(self.recipe.export), "card": card.to_json()},
+            inputs={"collection": self.collection.fingerprint},
+        )
+        folder = self.folder(spec, f"export {card.name} to ONNX and compare it with torch")
+        # A query encoder has no document side of its own: its rankings are over the vectors it will search.
+        export_encoder(encoder, folder, self.recipe.export, self._probes(self.corpus if card.role == "query" else None))
+        return folder
+
+    def _probes(self, corpus: EncodedCorpus | None) -> Probes:
+        """Take the dev queries and the documents they need, so that the gate sees ranking on real text."""
+        from retrieval_kd.export.onnx_export import Probes
+
+        queries, qrels = self.dev
+        chosen = _some_queries(queries, PROBE_QUERIES)
+        judged = {query_id: qrels[query_id] for query_id in chosen}
+        wanted = dict.fromkeys(doc_id for grades in judged.values() for doc_id in grades)
+        documents = self.collection.contents(list(wanted)[:PROBE_DOCUMENTS])
+        return Probes(chosen, documents, judged, corpus)
+
+    def folder(self, spec: Spec, doing: str) -> Path:
+        """Return the folder of a stage, named by its identity; says what is being done if it is still to be made."""
+        folder = self.root / f"{spec.stage}-{spec.fingerprint[:12]}"
+        if not (folder / MANIFEST).is_file():
+            self._announce(doing)
+        return folder
+
+
+def _some_queries(queries: Mapping[str, str], limit: int) -> dict[str, str]:
+    """Return ``limit`` queries chosen by a hash of their ids, in their own order; all when 0."""
+    if limit == 0 or len(queries) <= limit:
+        return dict(queries)
+    chosen = set(sorted(queries, key=fingerprint)[:limit])
+    return {query_id: text for query_id, text in queries.items() if query_id in chosen}
