@@ -37,6 +37,8 @@ class TextTokenizer:
         tokenizer.enable_truncation(card.max_length)
         self._tokenizer = tokenizer
         self._card = card
+        # A text without a token has no vector, and a static encoder adds no special tokens of its own.
+        self._empty = [tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "") or 0]
 
     @classmethod
     def load(cls, folder: Path, card: EncoderCard) -> TextTokenizer:
@@ -48,9 +50,9 @@ class TextTokenizer:
         return cls(load_tokenizer(folder), card)
 
     def __call__(self, texts: Sequence[str], side: Side) -> list[list[int]]:
-        """Return the token ids of each text, special tokens included."""
+        """Return the token ids of each text, special tokens included; a text without any is one unknown token."""
         prefix = self._card.prefix(side)
-        return [row.ids for row in self._tokenizer.encode_batch_fast([prefix + text for text in texts])]
+        return [row.ids or self._empty for row in self._tokenizer.encode_batch_fast([prefix + text for text in texts])]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -32,7 +32,7 @@ class EncoderCard:
 
     Attributes:
         name: What reports print.
-        architecture: The transformer family, such as ``"bert"``.
+        architecture: The transformer family, such as ``"bert"``; ``"static"`` for a table of token vectors.
         layers: Number of transformer layers.
         parameters: Number of weights.
         pooling: How token states become one vector.

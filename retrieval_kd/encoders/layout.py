@@ -1,7 +1,8 @@
 """The sentence-transformers folder: which modules make a model, read and written without importing it.
 
 The library takes seconds to import and offers modules we do not have, so its small JSON files are read
-directly: Transformer, Pooling (mean or cls), optionally Dense without activation, optionally Normalize.
+directly: Transformer and Pooling (mean or cls), or StaticEmbedding; optionally Dense without activation,
+optionally Normalize.
 A folder written here opens with ``SentenceTransformer(folder)`` and gives the same vectors.
 """
 
@@ -20,12 +21,13 @@ MODULES = "modules.json"
 PROJECTION = "2_Dense"
 _SETTINGS = "config_sentence_transformers.json"
 _MODULE_TYPES = {
+    "StaticEmbedding": "sentence_transformers.models.StaticEmbedding",
     "Transformer": "sentence_transformers.models.Transformer",
     "Pooling": "sentence_transformers.models.Pooling",
     "Dense": "sentence_transformers.models.Dense",
     "Normalize": "sentence_transformers.models.Normalize",
 }
-_SUPPORTED = "Transformer, Pooling, optionally Dense, optionally Normalize"
+_SUPPORTED = "Transformer, Pooling or StaticEmbedding, optionally Dense, optionally Normalize"
 _SIMILARITIES: Mapping[str, Literal["dot", "cosine"]] = {"cosine": "cosine", "dot": "dot", "dot_product": "dot"}
 
 
@@ -34,7 +36,8 @@ class Layout:
     """What a model's folder says about the way from token states to a vector.
 
     Attributes:
-        body: Folder of the transformer and its tokenizer.
+        body: Folder of the transformer or token table, and of its tokenizer.
+        static: Whether it is a token table.
         pooling: How token states become one vector.
         projection: Folder of the linear map after pooling, or None.
         normalize: Whether vectors get unit length. A model whose similarity is the cosine does even if
@@ -43,6 +46,7 @@ class Layout:
     """
 
     body: Path
+    static: bool
     pooling: Pooling
     projection: Path | None
     normalize: bool
@@ -61,45 +65,37 @@ def read_layout(folder: Path) -> Layout:
         raise ArtifactError(f"{folder}: no {MODULES}; save the model with sentence-transformers")
     modules = _modules(path)
     kinds = list(modules)
-    if kinds != [kind for kind in _MODULE_TYPES if kind in modules] or kinds[:2] != ["Transformer", "Pooling"]:
+    static = kinds[:1] == ["StaticEmbedding"]
+    start = ["StaticEmbedding"] if static else ["Transformer", "Pooling"]
+    if kinds != [*start, *(kind for kind in ("Dense", "Normalize") if kind in modules)]:
         raise ArtifactError(f"{path}: modules {', '.join(kinds)}; supported: {_SUPPORTED}, in this order")
-    body = folder / modules["Transformer"]
+    body = folder / modules[kinds[0]]
     _refuse_lower_casing(body / "sentence_bert_config.json")
     similarity = _similarity(folder / _SETTINGS)
     return Layout(
         body=body,
-        pooling=_pooling(folder / modules["Pooling"] / "config.json"),
+        static=static,
+        pooling="mean" if static else _pooling(folder / modules["Pooling"] / "config.json"),
         projection=_projection(folder / modules["Dense"]) if "Dense" in modules else None,
         normalize="Normalize" in modules or similarity == "cosine",
         similarity=similarity,
     )
 
 
-def write_layout(folder: Path, card: EncoderCard, width: int, projected: bool, body_options: Mapping[str, Any]) -> None:
+def write_layout(
+    folder: Path, card: EncoderCard, width: int, static: bool, projected: bool, body_options: Mapping[str, Any]
+) -> None:
     """Write the JSON files that let sentence-transformers open the folder.
 
     Args:
-        folder: The model's folder; transformer and tokenizer lie in it directly.
+        folder: The model's folder; transformer or token table and tokenizer lie in it directly.
         card: Pooling, normalisation, prefixes and maximum length.
-        width: Width of the transformer's token states.
+        width: Width of the token states.
+        static: Whether the body is a token table, whose tokenizer cuts and whose pooling is built in.
         projected: Whether a linear map from ``width`` to ``card.dimension`` follows the pooling.
         body_options: Keyword arguments the transformer's class is to be built with.
     """
-    paths = {"Transformer": "", "Pooling": "1_Pooling"}
-    write_json(
-        folder / "sentence_bert_config.json",
-        {"max_seq_length": card.max_length, "do_lower_case": False, "model_args": dict(body_options)},
-    )
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {
-            "word_embedding_dimension": width,
-            "pooling_mode_cls_token": card.pooling == "cls",
-            "pooling_mode_mean_tokens": card.pooling == "mean",
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-        },
-    )
+    paths = {"StaticEmbedding": ""} if static else _write_transformer(folder, card, width, body_options)
     if projected:
         paths["Dense"] = PROJECTION
         write_json(
@@ -129,6 +125,24 @@ def write_layout(folder: Path, card: EncoderCard, width: int, projected: bool, b
             for i, (kind, path) in enumerate(paths.items())
         ],
     )
+
+
+def _write_transformer(folder: Path, card: EncoderCard, width: int, options: Mapping[str, Any]) -> dict[str, str]:
+    write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": card.max_length, "do_lower_case": False, "model_args": dict(options)},
+    )
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {
+            "word_embedding_dimension": width,
+            "pooling_mode_cls_token": card.pooling == "cls",
+            "pooling_mode_mean_tokens": card.pooling == "mean",
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    )
+    return {"Transformer": "", "Pooling": "1_Pooling"}
 
 
 def _modules(path: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The encoder that trains: a transformer, pooling, an optional projection, unit length."""
+"""The encoder that trains: a transformer or a token table, pooling, an optional projection, unit length."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from retrieval_kd.encoders.base import TOKENIZER, TextTokenizer, Vectors, load_t
 from retrieval_kd.encoders.card import CARD, EncoderCard, Pooling, Side
 from retrieval_kd.encoders.layout import PROJECTION, Layout, read_layout, write_layout
 from retrieval_kd.encoders.resolve import resolve_model
+from retrieval_kd.encoders.static import ARCHITECTURE, StaticBody, read_static, without_special_tokens
 from retrieval_kd.errors import ArtifactError, RecipeError
 from retrieval_kd.recipes.schema import EncoderSpec
 
@@ -36,7 +37,8 @@ class TorchEncoder(nn.Module):
     """Turns token ids into vectors, with gradients.
 
     Attributes:
-        body: The transformers model, without the pooler of BERT, which no vector here passes through.
+        body: The transformers model, without the pooler of BERT, which no vector here passes through; or
+            the token table of a static encoder.
         projection: Linear map after pooling, or None.
         tokenizer: Texts to token ids, by the card's prefix and length.
         tokenizer_files: Name to bytes of the files that a saved copy carries.
@@ -79,16 +81,16 @@ class TorchEncoder(nn.Module):
             raise RecipeError(
                 f"encoder.max_length: {spec.max_length} is more than the {positions} positions of {spec.model!r}"
             )
-        files = _read_tokenizer(layout.body)
-        config = cast("Any", body.config)
+        files = _read_tokenizer(layout)
+        architecture, layers = _family(body)
         card = EncoderCard(
             name=Path(spec.model).name,
-            architecture=config.model_type,
-            layers=config.num_hidden_layers,
+            architecture=architecture,
+            layers=layers,
             parameters=0,
             pooling=layout.pooling,
             normalize=layout.normalize,
-            dimensions=(projection.out_features if projection else config.hidden_size,),
+            dimensions=(projection.out_features if projection else width_of(body),),
             max_length=spec.max_length,
             query_prefix=spec.query_prefix,
             document_prefix=spec.document_prefix,
@@ -112,7 +114,7 @@ class TorchEncoder(nn.Module):
         layout = read_layout(folder)
         if (layout.pooling, layout.normalize, layout.similarity) != (card.pooling, card.normalize, card.similarity):
             raise ArtifactError(f"{folder}: its modules are not those of {CARD}; save the encoder again")
-        files = _read_tokenizer(folder)
+        files = _read_tokenizer(layout)
         if hashlib.sha256(files[TOKENIZER]).hexdigest() != card.tokenizer_hash:
             raise ArtifactError(f"{folder / TOKENIZER}: not the tokenizer of {CARD}; save the encoder again")
         body, projection = _read_weights(layout)
@@ -132,13 +134,12 @@ class TorchEncoder(nn.Module):
         # Without its card the folder does not open: a save that is cut short leaves nothing to mistake.
         (folder / CARD).unlink(missing_ok=True)
         card = self.refresh_card()
-        config = cast("Any", self.body.config)
-        config.architectures = [type(self.body).__name__]
-        files = {
-            **self.tokenizer_files,
-            "config.json": config.to_json_string().encode(),
-            WEIGHTS: save(_contiguous(self.body), metadata={"format": "pt"}),
-        }
+        static = isinstance(self.body, StaticBody)
+        files = {**self.tokenizer_files, WEIGHTS: save(_contiguous(self.body), metadata={"format": "pt"})}
+        if not static:
+            config = cast("Any", self.body.config)
+            config.architectures = [type(self.body).__name__]
+            files["config.json"] = config.to_json_string().encode()
         if self.projection is not None:
             linear = {f"linear.{name}": tensor for name, tensor in _contiguous(self.projection).items()}
             files[f"{PROJECTION}/{WEIGHTS}"] = save(linear, metadata={"format": "pt"})
@@ -150,7 +151,8 @@ class TorchEncoder(nn.Module):
         write_layout(
             folder,
             card,
-            width=config.hidden_size,
+            width=width_of(self.body),
+            static=static,
             projected=self.projection is not None,
             body_options={"add_pooling_layer": False} if poolable else {},
         )
@@ -176,7 +178,10 @@ class TorchEncoder(nn.Module):
         Returns:
             ``[B, d]``, of unit length if the card says so.
         """
-        states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if isinstance(self.body, StaticBody):
+            states = self.body(input_ids)
+        else:
+            states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         vectors = _pool(states, attention_mask, self._card.pooling)
         if self.projection is not None:
             vectors = self.projection(vectors)
@@ -186,7 +191,7 @@ class TorchEncoder(nn.Module):
         """Return float32 ``[len(texts), d]`` without dropout or gradients, rows in the order of ``texts``."""
         rows = self.tokenizer(texts, side)
         vectors = np.empty((len(rows), self._card.dimension), dtype=np.float32)
-        with _evaluating(self), torch.inference_mode():
+        with evaluating(self), torch.inference_mode():
             for batch in length_sorted_batches([len(row) for row in rows], BATCH_TOKENS):
                 ids, mask = pad([rows[i] for i in batch])
                 output = self(torch.from_numpy(ids).to(self.device), torch.from_numpy(mask).to(self.device))
@@ -200,6 +205,14 @@ class TorchEncoder(nn.Module):
             digest.update(f"{name} {values.dtype} {values.shape}\n".encode())
             digest.update(values.data)
         return digest.hexdigest()
+
+
+def width_of(body: nn.Module) -> int:
+    """Return the width of a body's token states."""
+    if isinstance(body, StaticBody):
+        return body.width
+    width: int = cast("Any", body.config).hidden_size
+    return width
 
 
 def empty_linear(width: int, dimension: int) -> nn.Linear:
@@ -239,7 +252,8 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch dropout off while the block runs."""
     training = module.training
     module.eval()
     try:
@@ -248,8 +262,16 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
         module.train(training)
 
 
+def _family(body: nn.Module) -> tuple[str, int]:
+    """Return a body's architecture and its number of layers."""
+    if isinstance(body, StaticBody):
+        return ARCHITECTURE, 0
+    config = cast("Any", body.config)
+    return config.model_type, config.num_hidden_layers
+
+
 def _read_weights(layout: Layout) -> tuple[nn.Module, nn.Linear | None]:
-    body = _read_body(layout.body)
+    body = read_static(layout.body / WEIGHTS) if layout.static else _read_body(layout.body)
     return body, None if layout.projection is None else _read_projection(layout.projection)
 
 
@@ -292,8 +314,11 @@ def _read_projection(folder: Path) -> nn.Linear:
     return projection
 
 
-def _read_tokenizer(folder: Path) -> dict[str, bytes]:
+def _read_tokenizer(layout: Layout) -> dict[str, bytes]:
+    folder = layout.body
     load_tokenizer(folder)  # says what is wrong with the file, if anything
+    if layout.static:
+        return {TOKENIZER: without_special_tokens((folder / TOKENIZER).read_bytes())}
     return {name: (folder / name).read_bytes() for name in _TOKENIZER_FILES if (folder / name).is_file()}
 
 

@@ -12,6 +12,7 @@ import onnx
 from retrieval_kd.artifacts import Artifact, Spec, atomic_write, build, fingerprint
 from retrieval_kd.encoders.base import TOKENIZER
 from retrieval_kd.encoders.onnx import INPUTS, MODEL, OUTPUT, STAGE, OnnxEncoder, open_session
+from retrieval_kd.encoders.static import StaticBody
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.export.graph import OPSET, fuse, trace
 from retrieval_kd.export.parity import Parity, Probes, measure_parity
@@ -58,10 +59,11 @@ def export_encoder(encoder: TorchEncoder, folder: Path, gate: ExportSpec, probes
 def _reproducing(encoder: TorchEncoder, gate: ExportSpec, probes: Probes) -> tuple[bytes, Parity]:
     """Return the fused graph if it passes the gate, else the plain one, else raise :class:`ParityError`."""
     plain = trace(encoder, INPUTS, OUTPUT)
-    fused = fuse(plain, cast("Any", encoder.body.config))
-    parity = _measure(fused, encoder, probes)
-    if parity.failure(gate) is None:
-        return fused.SerializeToString(), parity
+    if not isinstance(encoder.body, StaticBody):
+        fused = fuse(plain, cast("Any", encoder.body.config))
+        parity = _measure(fused, encoder, probes)
+        if parity.failure(gate) is None:
+            return fused.SerializeToString(), parity
     parity = _measure(plain, encoder, probes)
     parity.require(gate)
     return plain.SerializeToString(), parity

@@ -241,25 +241,40 @@ class StudentSpec:
     Attributes:
         mode: ``asymmetric`` trains a query tower against the frozen document vectors of ``encoder``;
             ``symmetric`` trains one tower for both sides.
-        layers: Layers of ``encoder`` the student keeps, 0-based, increasing.
+        kind: ``transformer`` keeps layers of ``encoder``; ``static`` keeps none: each token has one vector, at
+            first ``encoder``'s own of that token alone, and a text is their weighted mean.
+        layers: Layers of ``encoder`` a transformer keeps, 0-based, increasing.
         pooling: How token states become one vector.
         projection: Add a linear map to the document encoder's width (always added when widths differ).
         dropout: Dropout while training.
+        matryoshka: Widths below the full one at which the leading numbers of a vector are a vector too,
+            decreasing; the losses are to be trained at each (arXiv 2205.13147).
     """
 
     mode: Literal["asymmetric", "symmetric"] = "asymmetric"
+    kind: Literal["transformer", "static"] = "transformer"
     layers: tuple[int, ...] = (0, 2, 5)
     pooling: Literal["mean", "cls"] = "mean"
     projection: bool = False
     dropout: float = 0.0
+    matryoshka: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse layer lists that name no student."""
+        """Refuse layers and widths that name no student."""
         _require(
             len(self.layers) > 0 and list(self.layers) == sorted(set(self.layers)) and self.layers[0] >= 0,
             f"student.layers: {list(self.layers)} must be increasing layer numbers, the first layer being 0",
         )
         _require(0 <= self.dropout < 1, f"student.dropout: {self.dropout} is not in [0, 1)")
+        _require(
+            list(self.matryoshka) == sorted(set(self.matryoshka), reverse=True)
+            and min(self.matryoshka, default=1) >= 1,
+            f"student.matryoshka: {list(self.matryoshka)} must be distinct and decreasing widths, the last at least 1",
+        )
+        if self.kind == "static":
+            _require(self.pooling == "mean", "student.pooling: a static student has no first token to take; use mean")
+            _require(not self.projection, "student.projection: a static student's vectors need none; drop it")
+            _require(self.dropout == 0, "student.dropout: a static student has no layer that drops; use 0")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A student: chosen layers of an encoder, in the space it is to learn."""
+"""A student: chosen layers of an encoder, or its token vectors alone, in the space it is to learn."""
 
 from __future__ import annotations
 
@@ -9,54 +9,82 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from retrieval_kd.encoders.base import TOKENIZER
 from retrieval_kd.encoders.card import EncoderCard
-from retrieval_kd.encoders.torch_encoder import TorchEncoder, empty_linear
+from retrieval_kd.encoders.static import ARCHITECTURE, StaticBody, without_special_tokens
+from retrieval_kd.encoders.torch_encoder import TorchEncoder, empty_linear, width_of
 from retrieval_kd.errors import RecipeError
 from retrieval_kd.recipes.schema import StudentSpec
+from retrieval_kd.students.static import token_table
 
 
 def build_student(start: TorchEncoder, spec: StudentSpec, target: EncoderCard) -> TorchEncoder:
-    """Copy chosen layers of an encoder into a smaller one.
+    """Make a smaller encoder out of an encoder's layers, or of what it says of each token.
 
     A projection starts as the identity, or as a random orthonormal map where widths differ, so that the
     student begins where its layers leave off. All layers and no projection give the start's vectors.
 
     Args:
-        start: The encoder the layers come from; it shares nothing with the student.
-        spec: Mode, layers, pooling, projection and dropout.
+        start: The encoder the student is made from; they share nothing.
+        spec: Mode, kind, layers, pooling, projection, dropout and Matryoshka sizes.
         target: The encoder whose width, and in asymmetric mode whose space, the student learns.
 
     Returns:
         The student: a query encoder in the target's space, or a symmetric encoder of its own.
 
     Raises:
-        RecipeError: a layer that ``start`` does not have.
+        RecipeError: a layer that ``start`` does not have, or a Matryoshka size not below the target's width.
     """
-    body = copy.deepcopy(start.body)
-    _keep_layers(body, spec.layers)
-    _set_dropout(body, spec.dropout)
-    width = cast("Any", body.config).hidden_size
-    projection = copy.deepcopy(start.projection)
-    if projection is not None and projection.out_features != target.dimension:
-        projection = None
-    if projection is None and (spec.projection or width != target.dimension):
-        projection = _undisturbing(width, target.dimension)
+    if spec.matryoshka and spec.matryoshka[0] >= target.dimension:
+        raise RecipeError(
+            f"student.matryoshka: {spec.matryoshka[0]} is not below the full width {target.dimension}, which is always "
+            "trained; leave it out"
+        )
     card = replace(
         start.card,
-        name=f"{start.card.name}-{len(spec.layers)}-layers",
-        layers=len(spec.layers),
         pooling=spec.pooling,
         normalize=target.normalize,
         similarity=target.similarity,
-        dimensions=(target.dimension,),
+        dimensions=(target.dimension, *spec.matryoshka),
         role="symmetric",
         space="",
     )
     if spec.mode == "asymmetric":
         card = card.in_space_of(target, "query")
-    student = TorchEncoder(body, projection, start.tokenizer_files, card)
+    student = _static(start, card) if spec.kind == "static" else _transformer(start, spec, card)
     student.refresh_card()
     return student
+
+
+def _transformer(start: TorchEncoder, spec: StudentSpec, card: EncoderCard) -> TorchEncoder:
+    if isinstance(start.body, StaticBody):
+        raise RecipeError(f"student.kind: encoder {start.card.name!r} has no layers to keep; use static")
+    body = copy.deepcopy(start.body)
+    _keep_layers(body, spec.layers)
+    _set_dropout(body, spec.dropout)
+    width = width_of(body)
+    projection = copy.deepcopy(start.projection)
+    if projection is not None and projection.out_features != card.dimension:
+        projection = None
+    if projection is None and (spec.projection or width != card.dimension):
+        projection = _undisturbing(width, card.dimension)
+    layers = len(spec.layers)
+    card = replace(card, name=f"{start.card.name}-{layers}-layers", layers=layers)
+    return TorchEncoder(body, projection, start.tokenizer_files, card)
+
+
+def _static(start: TorchEncoder, card: EncoderCard) -> TorchEncoder:
+    body = token_table(start)
+    if body.width != card.dimension:
+        with torch.no_grad():
+            body.embeddings = nn.Parameter(_undisturbing(body.width, card.dimension)(body.embeddings))
+    # A prefix would add the same vectors to every text.
+    card = replace(
+        card, name=f"{start.card.name}-static", architecture=ARCHITECTURE, layers=0, query_prefix="", document_prefix=""
+    )
+    # The tokenizer cuts by itself for sentence-transformers, which gives static models no length.
+    files = {TOKENIZER: without_special_tokens(start.tokenizer_files[TOKENIZER], card.max_length)}
+    return TorchEncoder(body, None, files, card)
 
 
 def _keep_layers(body: nn.Module, layers: tuple[int, ...]) -> None:

@@ -125,3 +125,20 @@ def test_no_pooler_and_smaller_count() -> None:
     student = build_student(start, StudentSpec(layers=(0,)), start.card)
     assert not [name for name, _ in student.named_parameters() if "pooler" in name]
     assert student.card.parameters == sum(weight.numel() for weight in student.parameters()) < start.card.parameters
+
+
+@pytest.mark.parametrize("kind", ["transformer", "static"])
+def test_matryoshka_sizes_stand_in_the_card(kind: str) -> None:
+    """Without it an index could cut vectors at a width nobody trained."""
+    start = tiny_encoder()
+    spec = StudentSpec(kind=kind, layers=(0,), matryoshka=(8, 4))
+    assert build_student(start, spec, start.card).card.dimensions == (16, 8, 4)
+    with pytest.raises(RecipeError, match=r"student.matryoshka: 16 is not below the full width 16"):
+        build_student(start, replace(spec, matryoshka=(16,)), start.card)
+
+
+@pytest.mark.parametrize("sizes", [(4, 8), (8, 8), (8, 0)])
+def test_impossible_matryoshka_sizes_are_refused(sizes: tuple[int, ...]) -> None:
+    """Without it a recipe could train an empty vector."""
+    with pytest.raises(RecipeError, match=r"student\.matryoshka"):
+        StudentSpec(matryoshka=sizes)
