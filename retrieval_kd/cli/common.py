@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,13 +47,22 @@ def open_workspace(recipe: str, overrides: Sequence[str] | None, artifacts: Path
 
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print a result: JSON for machines, ``key  value`` lines for people."""
+    """Print a result: JSON for machines, ``key  value`` lines for people, ``key / inner`` of mappings."""
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
         return
-    width = max(map(len, result), default=0)
-    for key, value in result.items():
+    lines = dict(_lines(result))
+    width = max(map(len, lines), default=0)
+    for key, value in lines.items():
         typer.echo(f"{key:<{width}}  {value}")
+
+
+def _lines(result: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key} / {inner}", item) for inner, item in _lines(value))
+        else:
+            yield key, value
 
 
 def served_folder(store: Path, encoder: Path | None) -> tuple[Path, Path]:

@@ -1,0 +1,161 @@
+"""Recipes of several stages on a tiny collection: what each starts from, what is reused, what is shown."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import tiny_encoder_folder, tiny_overrides
+from typer.testing import CliRunner
+
+from retrieval_kd.cli.main import app
+from retrieval_kd.errors import DataError
+from retrieval_kd.recipes.loader import load_recipe
+from retrieval_kd.runs import write_trec
+from retrieval_kd.stages import Workspace
+
+STAGES: list[dict[str, Any]] = [
+    {"name": "warmup", "schedule": {"epochs": 1}},
+    {
+        "name": "refreshed",
+        "candidates": {
+            "sources": ["bm25", {"kind": "student", "stage": "warmup"}],
+            "filter": {"percentiles": [0, 90]},
+            "strategy": "stratified",
+        },
+        "losses": ["listwise_kl"],
+    },
+    {
+        "name": "hard",
+        "candidates": {"sources": ["student"], "negatives": 8},
+        "selection": {"kind": "disagreement", "teacher_rank": 4, "student_ranks": [2, 9]},
+    },
+]
+
+
+def staged(tiny: Path, mode: str = "asymmetric", *more: str) -> list[str]:
+    """Return the overrides that make a recipe of three stages; the later ones mine with the earlier ones' student."""
+    return [*tiny_overrides(tiny, mode), f"stages={json.dumps(STAGES)}", *more]
+
+
+def workspace(tiny: Path, *overrides: str, said: list[str] | None = None) -> Workspace:
+    recipe = load_recipe("margin_mse", overrides)
+    return Workspace(recipe, tiny / "artifacts", (said if said is not None else []).append)
+
+
+def dev(folder: Path) -> list[float]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["nDCG@10"] for row in rows if row["event"] == "dev"]
+
+
+@pytest.mark.parametrize("mode", ["asymmetric", "symmetric"])
+def test_a_stage_starts_from_the_best_weights_of_the_last(tiny: Path, mode: str) -> None:
+    """Without it each stage would begin anew, and a curriculum would be its last stage alone."""
+    stages = workspace(tiny, *staged(tiny, mode)).training
+    assert [stage.spec.name for stage in stages] == ["warmup", "refreshed", "hard"]
+    for earlier, later in itertools.pairwise(stages):
+        # The first dev figure of a stage is taken before its first step.
+        assert dev(later.folder)[0] == max(dev(earlier.folder)[1:])
+        assert later.encoder.card.weights_hash != earlier.encoder.card.weights_hash
+    assert stages[2].lists != stages[2].candidates
+    assert len(stages[2].teacher_scores) == len(stages[2].lists) > 0
+
+
+def test_the_student_of_a_stage_mines_for_the_next(tiny: Path) -> None:
+    """Without it negatives that the student has learnt to tell apart would be drawn for ever."""
+    warmup, refreshed, _ = workspace(tiny, *staged(tiny)).training
+    report = refreshed.mined.summary
+    assert {"student warmup", "bm25 + student warmup"} & set(report["kept"])
+    assert report["removed"]["scored above the percentiles"] > 0
+    assert set(report["scores"]) == {"positives", "negatives", "left out"}
+    assert warmup.mined.summary["scores"] == {}
+
+
+def test_stages_are_reused_and_a_changed_one_alone_is_made_again(tiny: Path) -> None:
+    """Without it a changed last stage would train all of them again."""
+    before = [stage.folder for stage in workspace(tiny, *staged(tiny)).training]
+    said: list[str] = []
+    same = workspace(tiny, *staged(tiny), said=said)
+    assert [stage.folder for stage in same.training] == before
+    assert said == []
+    changed = workspace(tiny, *staged(tiny, "asymmetric", "stages.hard.schedule.epochs=2"), said=said)
+    after = [stage.folder for stage in changed.training]
+    assert after[:2] == before[:2]
+    assert after[2] != before[2]
+    assert said == ["train the asymmetric student of stage hard"]
+
+
+def test_one_stage_under_a_name_is_the_recipe_itself(tiny: Path) -> None:
+    """Without it stages would be a second path through training, with results of their own."""
+    plain = workspace(tiny, *tiny_overrides(tiny, "asymmetric"))
+    named = workspace(tiny, *tiny_overrides(tiny, "asymmetric"), "stages=[{name: only}]")
+    assert named.last.folder == plain.last.folder
+
+
+def test_a_given_run_is_a_source(tiny: Path, tmp_path: Path) -> None:
+    """Without it a first stage that we do not have, such as SPLADE, could not be mined from."""
+    plain = workspace(tiny, *tiny_overrides(tiny, "asymmetric"))
+    bm25 = plain.first_stages(plain.recipe.candidates, lambda _: plain.encoder)[0]
+    train = {query_id: ranking for query_id, ranking in bm25.run.items() if query_id in plain.training_queries}
+    write_trec(tmp_path / "given.trec", train, "given")
+    common = [*tiny_overrides(tiny, "asymmetric"), "candidates.strategy=top"]
+    given = workspace(tiny, *common, f"candidates.sources=[{{kind: run, path: {tmp_path / 'given.trec'}}}]").last
+    own = workspace(tiny, *common, "candidates.sources=[bm25]").last
+    assert given.candidates == own.candidates
+    assert set(given.mined.summary["kept"]) == {f"run {tmp_path / 'given.trec'}"}
+    write_trec(tmp_path / "given.trec", {"nobody": train["q0-2"]}, "given")
+    stranger = workspace(tiny, *common, f"candidates.sources=[{{kind: run, path: {tmp_path / 'given.trec'}}}]").last
+    with pytest.raises(DataError, match="query 'nobody' is not in"):
+        _ = stranger.candidates
+
+
+def test_a_named_encoder_is_a_source(tiny: Path, tmp_path: Path) -> None:
+    """Without it only the encoder that is distilled could mine, and its blind spots would stay."""
+    other = tiny_encoder_folder(tmp_path / "other", seed=7)
+    encoder = f"{{model: {other}, max_length: 12}}"
+    overrides = [
+        *tiny_overrides(tiny, "asymmetric"),
+        f"candidates.sources=[dense, {{kind: dense, encoder: {encoder}}}]",
+    ]
+    report = workspace(tiny, *overrides).last.mined.summary
+    assert {"dense", f"dense {other}"} <= set(report["kept"])
+
+
+def test_a_selection_that_keeps_nothing_says_why(tiny: Path) -> None:
+    """Without it a stage of no lists would end in a division by zero."""
+    impossible = "stages.hard.selection={kind: disagreement, student_ranks: [90, 99]}"
+    with pytest.raises(DataError, match=r"stage 'hard': selection keeps none of \d+ lists .*widen"):
+        _ = workspace(tiny, *staged(tiny, "asymmetric", impossible)).last.folder
+
+
+def run(tiny: Path, *arguments: str) -> str:
+    done = CliRunner().invoke(app, [*arguments, "--artifacts", str(tiny / "artifacts")], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_the_verbs_work_on_every_stage(tiny: Path, tmp_path: Path) -> None:
+    """Without it rkd mine and rkd train would speak of the last stage alone, and the report hide the others."""
+    from retrieval_kd.recipes.loader import resolved
+
+    path = tmp_path / "staged.yaml"
+    path.write_text(yaml.safe_dump(resolved(load_recipe("margin_mse", staged(tiny)))))
+    mined = json.loads(run(tiny, "mine", str(path), "--json"))
+    assert list(mined) == ["warmup", "refreshed", "hard"]
+    assert mined["warmup"]["queries"] == 48
+    trained = json.loads(run(tiny, "train", str(path), "--json"))
+    assert [facts["steps"] for facts in trained.values()] == [6, 24, trained["hard"]["steps"]]
+    text = run(tiny, "mine", str(path))
+    assert re.search(r"^stage +refreshed$", text, flags=re.MULTILINE)
+    assert "scored above the percentiles" in text
+    out = tmp_path / "run"
+    report = json.loads(run(tiny, "run", str(path), "--out", str(out), "--json"))
+    assert list(report["training"]) == [
+        f"margin_mse student (asymmetric), stage {name}" for name in ("warmup", "refreshed", "hard")
+    ]
+    assert all(len(curves) > 0 for curves in report["training"].values())
