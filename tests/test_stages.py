@@ -156,6 +156,6 @@ def test_the_verbs_work_on_every_stage(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     report = json.loads(run(tiny, "run", str(path), "--out", str(out), "--json"))
     assert list(report["training"]) == [
-        f"margin_mse student (asymmetric), stage {name}" for name in ("warmup", "refreshed", "hard")
+        f"margin_mse student (asymmetric), stage {name}" for name in ("1 warmup", "2 refreshed", "3 hard")
     ]
     assert all(len(curves) > 0 for curves in report["training"].values())

@@ -157,11 +157,11 @@ def _evaluate(workspace: Workspace, folder: Path, command: str) -> None:
 
 
 def _curves(workspace: Workspace, student: str) -> dict[str, Path]:
-    """Return each stage's training metrics by the name of its curves."""
+    """Return each stage's training metrics; the names of the curves sort in the order of the stages."""
     staged = bool(workspace.recipe.stages)
     return {
-        f"{student}, stage {stage.spec.name}" if staged else student: stage.folder / "metrics.jsonl"
-        for stage in workspace.training
+        f"{student}, stage {number} {stage.spec.name}" if staged else student: stage.folder / "metrics.jsonl"
+        for number, stage in enumerate(workspace.training, start=1)
     }
 
 
