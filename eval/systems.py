@@ -69,7 +69,20 @@ def assess(
     # Before the run: a misspelt name must not cost an hour of reranking.
     for name in measures:
         parse_measure(name)
-    run = system.run(queries, depth)
+    return judge(system, system.run(queries, depth), queries, qrels, measures, depth, seed, timed)
+
+
+def judge(
+    system: System,
+    run: Run,
+    queries: Mapping[str, str],
+    qrels: Qrels,
+    measures: Sequence[str],
+    depth: int,
+    seed: int = 0,
+    timed: int = 100,
+) -> SystemResult:
+    """Measure a run that a system has given, and time the system; see :func:`assess`."""
     rng = np.random.default_rng([seed, 2])
     chosen = sorted(rng.choice(len(queries), size=min(timed, len(queries)), replace=False).tolist())
     texts = list(queries.items())
@@ -106,17 +119,23 @@ class BM25System:
 class IndexSystem:
     """A query encoder over an index: a symmetric bi-encoder, or a student in the document encoder's space."""
 
-    def __init__(self, name: str, role: str, encoder: Encoder, searcher: Searcher) -> None:
-        """Put a query encoder before an index.
+    def __init__(
+        self, name: str, role: str, encoder: Encoder, searcher: Searcher, collection: Collection | None = None
+    ) -> None:
+        """Put a query encoder before an index; with a collection, every result must be of it.
 
         Raises:
             EncoderMismatch: the encoder's vectors do not lie in the index's space.
+            DataError: the index has another number of documents than the collection.
         """
         searcher.check_query_encoder(encoder.card)
+        if collection is not None:
+            _require_count(f"index {name!r}", searcher.count, f"version {searcher.version}", collection)
         self.name = name
         self.role = role
         self._encoder = encoder
         self._searcher = searcher
+        self._collection = collection
 
     def run(self, queries: Mapping[str, str], depth: int) -> Run:
         """Encode the queries and search."""
@@ -126,6 +145,9 @@ class IndexSystem:
                 vectors = self._encoder.encode([queries[query_id] for query_id in block], "query")
                 run.update(zip(block, self._searcher.search(vectors, depth), strict=True))
                 advance(len(block))
+        # A single query is a timed one: its whole run was checked before.
+        if self._collection is not None and len(queries) > 1:
+            _require_known(f"index {self.name!r}", run, self._collection)
         return run
 
     def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
@@ -190,6 +212,30 @@ class RerankSystem:
 
 
 @dataclass(frozen=True)
+class ScoredRerank:
+    """A reranker whose scores come from the score store, so that a killed evaluation does not score twice.
+
+    Attributes:
+        name: What tables print.
+        scored: The reranked rankings.
+        timed: The reranker itself, for its cost.
+    """
+
+    name: str
+    scored: Run
+    timed: RerankSystem
+    role: str = "reranker"
+
+    def run(self, queries: Mapping[str, str], depth: int) -> Run:
+        """Return the stored rankings."""
+        return {query_id: ranking.top(depth) for query_id, ranking in self.scored.items() if query_id in queries}
+
+    def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
+        """Time real scoring."""
+        return self.timed.facts(queries, depth)
+
+
+@dataclass(frozen=True)
 class ServerSystem:
     """A running gRPC server that serves an index of the collection."""
 
@@ -214,12 +260,7 @@ class ServerSystem:
                 for query_id, result in zip(block, results, strict=True):
                     run[query_id] = rank([hit.doc_id for hit in result.hits], [hit.score for hit in result.hits])
                 advance(len(block))
-        unknown = _unknown_documents(run, self.collection)
-        if unknown:
-            raise DataError(
-                f"server {self.name!r} returned document {min(unknown)!r}, which {self.collection.name} does not have; "
-                "serve an index of that collection"
-            )
+        _require_known(f"server {self.name!r}", run, self.collection)
         return run
 
     def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
@@ -229,12 +270,8 @@ class ServerSystem:
 
     def _checked_batch_limit(self, depth: int) -> int:
         index = self.client.index()
-        documents = sum(1 for _ in self.collection.documents())
-        if index.document_count != documents:
-            raise DataError(
-                f"server {self.name!r} searches {index.document_count} documents (index {index.index_version}), "
-                f"collection {self.collection.name} has {documents}; serve an index of that collection"
-            )
+        version = f"index {index.index_version}"
+        _require_count(f"server {self.name!r}", index.document_count, version, self.collection)
         limits = self.client.server_info().limits
         if depth > limits.max_top_k:
             raise DataError(
@@ -305,6 +342,24 @@ def _query_latency(system: System, queries: Mapping[str, str], depth: int) -> La
     """Time whole single queries of a system."""
     with silence():
         return latency(lambda item: system.run(dict([item]), depth), list(queries.items()))
+
+
+def _require_count(who: str, count: int, version: str, collection: Collection) -> None:
+    documents = sum(1 for _ in collection.documents())
+    if count != documents:
+        raise DataError(
+            f"{who} searches {count} documents ({version}), collection {collection.name} has {documents}; "
+            "give an index of that collection"
+        )
+
+
+def _require_known(who: str, run: Run, collection: Collection) -> None:
+    unknown = _unknown_documents(run, collection)
+    if unknown:
+        raise DataError(
+            f"{who} returned document {min(unknown)!r}, which {collection.name} does not have; "
+            "give an index of that collection"
+        )
 
 
 def _unknown_documents(run: Run, collection: Collection) -> set[str]:

@@ -25,16 +25,23 @@ def format_table(systems: Sequence[SystemResult]) -> str:
 
 
 def _table(rows: Sequence[Report], measures: Sequence[str]) -> str:
+    return _plain(
+        ["system", *_headings(measures)],
+        [[row["name"], *(_plus_minus(row, measure) for measure in measures), *_costs(row)] for row in rows],
+    )
+
+
+def _plain(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("system", no_wrap=True)
-    for heading in _headings(measures):
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(row["name"], *(_plus_minus(row, measure) for measure in measures), *_costs(row))
+        table.add_row(*row)
     # A fixed width and no colour: the same text in a terminal, a log file and a test.
     console = Console(
         file=io.StringIO(), width=_NO_FOLDING, color_system=None, force_terminal=False, legacy_windows=False
@@ -59,6 +66,37 @@ def markdown_table(report: Report) -> str:
         caption(report),
     ]
     return "\n".join(lines)
+
+
+def format_summary(summary: Report) -> str:
+    """Return the means over sets as plain text: one table for each measure, the set list named."""
+    sets = [entry["name"] for entry in summary["sets"]]
+    parts = []
+    for measure in summary["measures"]:
+        headings = [measure, *sets, f"mean of {len(sets)}"]
+        rows = [
+            [
+                row["name"],
+                *(formats.quality(row["sets"][name][measure]) for name in sets),
+                formats.quality(row["mean"][measure]),
+            ]
+            for row in summary["systems"]
+        ]
+        parts.append(_plain(headings, rows))
+    return "\n\n".join([*parts, summary_caption(summary)])
+
+
+def summary_caption(summary: Report) -> str:
+    """Return the sentence without which no mean over sets may be quoted."""
+    described = [
+        entry["name"]
+        + (f" (mean of {len(entry['collections'])})" if len(entry["collections"]) > 1 else "")
+        + f", {entry['queries']:,} queries"
+        for entry in summary["sets"]
+    ]
+    return (
+        f"Split {summary['split']}; each set weighs the same in the mean of {len(described)}: {'; '.join(described)}."
+    )
 
 
 def caption(report: Report) -> str:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrieval_kd.errors import ServeError
-
 if TYPE_CHECKING:
     from retrieval_kd.stages import Workspace
 
@@ -63,17 +61,3 @@ def _lines(result: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key} / {inner}", item) for inner, item in _lines(value))
         else:
             yield key, value
-
-
-def served_folder(store: Path, encoder: Path | None) -> tuple[Path, Path]:
-    """Return index store and query encoder; a run's folder has both.
-
-    Raises:
-        ServeError: ``store`` is not a run's folder and no encoder was named.
-    """
-    index = store / "index" if (store / "index").is_dir() else store
-    if encoder is not None:
-        return index, encoder
-    if index != store and (store / "encoder").is_dir():
-        return index, store / "encoder"
-    raise ServeError(f"{store}: not a run's folder, so the query encoder is unknown; name it with --encoder")

@@ -1,47 +1,71 @@
-"""``rkd eval``: measure systems on a collection, and put reports side by side."""
+"""``rkd eval``: measure systems on collections, and put reports side by side."""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import shlex
+import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from retrieval_kd.cli.common import AsJson, served_folder
+from retrieval_kd.cli.common import ARTIFACTS, AsJson, announce
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from eval.specs import SystemSpec
+    from eval.suite import Setup
 
-    from eval.systems import System
-    from retrieval_kd.collections.base import Collection
+app = typer.Typer(help="Measure systems on collections; compare them; put reports side by side.", no_args_is_help=True)
 
-app = typer.Typer(help="Measure systems on a collection; put reports side by side.", no_args_is_help=True)
-
-Folder = Annotated[str, typer.Argument(metavar="COLLECTION", help="The collection's folder, or irds:ID.")]
+Collections = Annotated[
+    list[str], typer.Argument(metavar="COLLECTION...", help="Folders, irds:ID, or a folder of collections.")
+]
+Systems = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--system",
+        metavar="[NAME=]KIND:TARGET[,KEY=VALUE]",
+        help="bm25 | model:MODEL[,dim=N] | pair:QUERY_MODEL,documents=MODEL | index:STORE[,encoder=DIR] | "
+        "server:HOST:PORT | run:FILE | rerank:MODEL,over=NAME[,depth=N] | rrf:NAME+NAME[,k=N] | "
+        "weighted:NAME+NAME,weights=W+W[,normalise=minmax|zscore|none]; may be repeated.",
+    ),
+]
 Split = Annotated[str, typer.Option(help="The split whose judgements count.")]
-Bm25 = Annotated[bool, typer.Option("--bm25", help="Measure BM25.")]
+Bm25 = Annotated[bool, typer.Option("--bm25", help="Short for --system bm25.")]
 Index = Annotated[
-    list[Path] | None, typer.Option("--index", help="Measure an encoder over an index store, or a run's folder.")
+    list[Path] | None, typer.Option("--index", help="Short for --system index: a store, or a run's folder.")
 ]
 EncoderFolder = Annotated[Path | None, typer.Option("--encoder", help="The exported query encoder of --index.")]
 Rerank = Annotated[
     str | None,
-    typer.Option("--rerank", help="Measure this cross-encoder over the top of --run's first file, or of BM25."),
+    typer.Option("--rerank", help="Short for --system rerank, over --run's first file, else over BM25."),
 ]
-RerankDepth = Annotated[int, typer.Option("--rerank-depth", min=1, help="How many of them it scores.")]
+RerankDepth = Annotated[int, typer.Option("--rerank-depth", min=1, help="How many documents --rerank scores.")]
 RerankLength = Annotated[int, typer.Option("--rerank-length", min=8, help="Longest pair it reads, in tokens.")]
-Server = Annotated[str | None, typer.Option("--server", help="Measure the server at HOST:PORT.")]
-RunFile = Annotated[list[Path] | None, typer.Option("--run", help="Measure a TREC run file.")]
+Server = Annotated[str | None, typer.Option("--server", help="Short for --system server, at HOST:PORT.")]
+RunFile = Annotated[list[Path] | None, typer.Option("--run", help="Short for --system run: a TREC run file.")]
 Depth = Annotated[int, typer.Option(min=1, help="Documents retrieved for each query.")]
 Measures = Annotated[list[str] | None, typer.Option("--measure", help="An ir_measures name, such as nDCG@10.")]
+Baseline = Annotated[str, typer.Option(help="NAME of the system the others are tested against; else the first.")]
+Distractors = Annotated[
+    list[str] | None, typer.Option("--distractors", help="Documents of this collection join the corpus unjudged.")
+]
+RemoveSelf = Annotated[
+    bool | None,
+    typer.Option(help="Drop the document that has the query's id; for ArguAna and Quora unless said otherwise."),
+]
+Maxp = Annotated[bool, typer.Option("--maxp", help="Search passages; a document has its best passage's score.")]
+Timed = Annotated[int, typer.Option(min=0, help="Queries timed one by one on each system; 0 times none.")]
+Cache = Annotated[Path, typer.Option("--artifacts", help="Where vectors and scores are kept for the next time.")]
 Out = Annotated[Path | None, typer.Option(help="Write report.json, report.html, runs and per-query values here.")]
 
 
 @app.command()
 def beir(
-    collection: Folder,
+    collections: Collections,
+    system: Systems = None,
     split: Split = "test",
     bm25: Bm25 = False,
     index: Index = None,
@@ -53,21 +77,34 @@ def beir(
     run: RunFile = None,
     depth: Depth = 100,
     measure: Measures = None,
+    baseline: Baseline = "",
+    distractors: Distractors = None,
+    remove_self: RemoveSelf = None,
+    timed: Timed = 100,
+    artifacts: Cache = ARTIFACTS,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure systems on a collection in BEIR layout: nDCG@10, RR@10, R@100 by default."""
-    measures = tuple(measure or ("nDCG@10", "RR@10", "R@100"))
-    with _systems(collection, split, bm25, index, encoder, rerank, rerank_depth, rerank_length, server, run) as (
-        opened,
-        systems,
-    ):
-        _report(opened, systems, split, measures, depth, out, as_json)
+    """Measure systems on collections in BEIR layout: nDCG@10, RR@10, R@100 by default."""
+    from eval.suite import Setup
+
+    specs = _specs(system, bm25, index, encoder, rerank, rerank_depth, rerank_length, server, run)
+    setup = Setup(
+        split=split,
+        measures=tuple(measure or ("nDCG@10", "RR@10", "R@100")),
+        depth=depth,
+        distractors=tuple(distractors or ()),
+        remove_self=remove_self,
+        timed=timed,
+        baseline=baseline,
+    )
+    _suite(collections, specs, setup, artifacts, out, as_json)
 
 
 @app.command()
 def msmarco(
-    collection: Folder,
+    collections: Collections,
+    system: Systems = None,
     split: Split = "dev",
     bm25: Bm25 = False,
     index: Index = None,
@@ -79,16 +116,30 @@ def msmarco(
     run: RunFile = None,
     depth: Depth = 1000,
     measure: Measures = None,
+    baseline: Baseline = "",
+    distractors: Distractors = None,
+    maxp: Maxp = False,
+    timed: Timed = 100,
+    artifacts: Cache = ARTIFACTS,
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure systems on a collection of MS MARCO files: RR@10 and R@1000 by default."""
-    measures = tuple(measure or ("RR@10", "R@1000"))
-    with _systems(collection, split, bm25, index, encoder, rerank, rerank_depth, rerank_length, server, run) as (
-        opened,
-        systems,
-    ):
-        _report(opened, systems, split, measures, depth, out, as_json)
+    """Measure systems on MS MARCO's files: RR@10 and R@1000; on dl19 and dl20 graded nDCG@10 and RR(rel=2)."""
+    from eval.suite import Setup
+    from retrieval_kd.collections.msmarco import TREC_DL_SPLITS
+
+    usual = ("nDCG@10", "RR(rel=2)", "R(rel=2)@1000") if split in TREC_DL_SPLITS else ("RR@10", "R@1000")
+    specs = _specs(system, bm25, index, encoder, rerank, rerank_depth, rerank_length, server, run)
+    setup = Setup(
+        split=split,
+        measures=tuple(measure or usual),
+        depth=depth,
+        distractors=tuple(distractors or ()),
+        maxp=maxp,
+        timed=timed,
+        baseline=baseline,
+    )
+    _suite(collections, specs, setup, artifacts, out, as_json)
 
 
 @app.command()
@@ -108,10 +159,8 @@ def report(
         typer.echo(markdown_table(merged) if markdown else format_report(merged))
 
 
-@contextlib.contextmanager
-def _systems(
-    folder: str,
-    split: str,
+def _specs(
+    systems: list[str] | None,
     bm25: bool,
     indexes: list[Path] | None,
     encoder: Path | None,
@@ -120,70 +169,46 @@ def _systems(
     rerank_length: int,
     server: str | None,
     runs: list[Path] | None,
-) -> Iterator[tuple[Collection, list[System]]]:
-    """Open the collection and every system the options name."""
-    from eval.systems import BM25System, IndexSystem, RerankSystem, RunSystem, ServerSystem
-    from index.search import Searcher
-    from retrieval_kd.collections import open_collection
-    from retrieval_kd.encoders.onnx import OnnxEncoder
-    from retrieval_kd.errors import DataError
-    from retrieval_kd.recipes.schema import CollectionSpec
-    from serve.client import RetrievalClient
+) -> list[SystemSpec]:
+    """Return what ``--system`` and its short forms name, in that order."""
+    from eval.specs import SystemSpec
 
-    collection = open_collection(CollectionSpec(folder))
-    qrels = collection.qrels(split)
-    systems: list[System] = []
-    with contextlib.ExitStack() as stack:
-        files = [RunSystem.read(path.name, path, collection, qrels) for path in runs or ()]
-        if bm25:
-            systems.append(BM25System(collection))
-        for path in indexes or ():
-            store, query_encoder = served_folder(path, encoder)
-            opened = OnnxEncoder.load(query_encoder)
-            systems.append(IndexSystem(f"{opened.card.name} over {path}", "bi-encoder", opened, Searcher.open(store)))
-        if rerank is not None:
-            from retrieval_kd.teachers.cross_encoder import CrossEncoder
-
-            teacher = CrossEncoder.load(rerank, rerank_length)
-            first: System = files[0] if files else BM25System(collection)
-            name = f"{Path(rerank).name} over {first.name} top-{rerank_depth}"
-            systems.append(RerankSystem(name, first, teacher, collection, rerank_depth))
-        if server is not None:
-            client = stack.enter_context(RetrievalClient(server))
-            systems.append(ServerSystem(f"server {server}", client, collection))
-        systems.extend(files)
-        if not systems:
-            raise DataError("no system to measure; name --bm25, --index, --rerank, --server or --run")
-        yield collection, systems
+    specs = [SystemSpec.parse(text) for text in systems or ()]
+    if bm25:
+        specs.append(SystemSpec("bm25"))
+    named = len(indexes or ()) > 1
+    for path in indexes or ():
+        options = {"encoder": str(encoder)} if encoder else {}
+        specs.append(SystemSpec("index", str(path), f"index {path}" if named else "", options))
+    files = [SystemSpec("run", str(path), path.name) for path in runs or ()]
+    if rerank is not None:
+        over = files[0].name if files else "bm25"
+        options = {"over": over, "depth": str(rerank_depth), "max_length": str(rerank_length)}
+        specs.append(SystemSpec("rerank", rerank, options=options))
+    if server is not None:
+        specs.append(SystemSpec("server", server))
+    return specs + files
 
 
-def _report(
-    collection: Collection,
-    systems: list[System],
-    split: str,
-    measures: tuple[str, ...],
-    depth: int,
-    out: Path | None,
-    as_json: bool,
+def _suite(
+    collections: list[str], specs: list[SystemSpec], setup: Setup, artifacts: Path, out: Path | None, as_json: bool
 ) -> None:
-    import sys
-    import tempfile
+    from eval.suite import run_suite, summarise
+    from eval.tables import format_report, format_summary
 
-    from eval.report import write_report
-    from eval.systems import assess
-    from eval.tables import format_report
-    from retrieval_kd.collections.base import split_queries
-
-    queries, qrels = split_queries(collection, split), collection.qrels(split)
-    results = [assess(system, queries, qrels, measures, depth) for system in systems]
-    command = " ".join(["rkd", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as scratch:
-        written = write_report(
-            out or Path(scratch),
-            collection=collection.name,
-            split=split,
-            systems=results,
-            baseline=results[0].name if len(results) > 1 else None,
-            provenance={"command": command, "collection": collection.fingerprint},
-        )
-    typer.echo(json.dumps(written, ensure_ascii=False) if as_json else format_report(written))
+        folder = out or Path(scratch)
+        reports = run_suite(collections, specs, setup, artifacts, folder, _command(), announce)
+    if as_json:
+        typer.echo(json.dumps(reports[0] if len(reports) == 1 else summarise(reports), ensure_ascii=False))
+        return
+    typer.echo("\n\n".join(format_report(report) for report in reports))
+    if len(reports) > 1:
+        typer.echo(f"\n{format_summary(summarise(reports))}")
+    if out is not None and len(reports) == 1:
+        typer.echo(f"\n{out / 'report.html'}")
+
+
+def _command() -> str:
+    """Return the command that was typed."""
+    return shlex.join(["rkd", *sys.argv[1:]])

@@ -9,15 +9,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from eval.report import write_report
 from eval.results import SystemResult
-from eval.systems import BM25System, IndexSystem, RerankSystem, RunSystem, ServerSystem, System, assess, reranked
+from eval.systems import (
+    BM25System,
+    IndexSystem,
+    RerankSystem,
+    RunSystem,
+    ScoredRerank,
+    ServerSystem,
+    System,
+    assess,
+    reranked,
+)
 from eval.tables import format_report
 from index.build import build_index
 from index.search import Searcher
@@ -30,9 +39,6 @@ from retrieval_kd.recipes.loader import resolved, to_yaml
 from retrieval_kd.runs import Ranking, Run, Shortlist
 from retrieval_kd.stages import Workspace
 from serve.client import Hit, RetrievalClient
-
-if TYPE_CHECKING:
-    from eval.results import Facts
 
 INDEX = "index"
 ENCODER = "encoder"
@@ -193,24 +199,6 @@ def _store(workspace: Workspace, encoder: OnnxEncoder | None = None) -> Path:
     return workspace.root / f"index-{corpus.fingerprint[:12]}"
 
 
-@dataclass(frozen=True)
-class _ScoredRerank:
-    """A reranker whose scores come from the score store, so that a killed evaluation does not score twice."""
-
-    name: str
-    scored: Run
-    timed: RerankSystem
-    role: str = "reranker"
-
-    def run(self, queries: Mapping[str, str], depth: int) -> Run:
-        """Return the stored rankings."""
-        return {query_id: ranking.top(depth) for query_id, ranking in self.scored.items() if query_id in queries}
-
-    def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
-        """Time real scoring."""
-        return self.timed.facts(queries, depth)
-
-
 def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> Iterator[System]:
     """Yield the teacher over BM25's top documents: the cross-encoder alone, then the ensemble if there is one."""
     depth = workspace.recipe.evaluation.rerank_depth
@@ -230,7 +218,7 @@ def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> 
         rankings: dict[str, Ranking] = {
             query_id: reranked(first[query_id], list_scores) for query_id, list_scores in zip(tops, values, strict=True)
         }
-        return _ScoredRerank(f"{name} over BM25 top-{depth}", rankings, timed)
+        return ScoredRerank(f"{name} over BM25 top-{depth}", rankings, timed)
 
     yield system("cross-encoder", scores)
     if teacher.spec.encoder_weight > 0 and teacher.spec.cross_encoder_weight > 0:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from retrieval_kd.cli.common import AsJson, served_folder
+from index.served import served_folder
+from retrieval_kd.cli.common import AsJson
 
 
 def serve(

@@ -49,6 +49,11 @@ class JoinedCollection:
         """Return the sha256 over the base's fingerprint and the distractors' corpora."""
         return fingerprint({"base": self._base.fingerprint, "distractors": self._distractor_fingerprints()})
 
+    @property
+    def parts(self) -> list[tuple[str, Collection]]:
+        """Return the corpora that are joined, each with the prefix of its ids; the base's is empty."""
+        return [("", self._base), *self._distractors.items()]
+
     def documents(self) -> Iterator[Document]:
         """Stream the base's documents, then each distractor's.
 

@@ -1,6 +1,9 @@
-"""A folder in MS MARCO passage layout: ``collection.tsv``, ``queries.SPLIT.tsv``, ``qrels.SPLIT.tsv``.
+"""A folder of MS MARCO's files, passages or documents, under the names they are published by.
 
-File formats: https://microsoft.github.io/msmarco/Datasets (passage ranking).
+Passages are ``collection.tsv``, ``queries.SPLIT.tsv``, ``qrels.SPLIT.tsv``; documents ``msmarco-docs.tsv`` and
+``msmarco-docdev-{queries,qrels}.tsv``. TREC's Deep Learning tracks add ``msmarco-test2019-queries.tsv`` and
+``2019qrels-pass.txt`` or ``2019qrels-docs.txt``, which are the split ``dl19``; those of 2020 are ``dl20``.
+File formats: https://microsoft.github.io/msmarco/Datasets and https://microsoft.github.io/msmarco/TREC-Deep-Learning-2019.
 """
 
 from __future__ import annotations
@@ -25,6 +28,23 @@ from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Ranking, rank
 
 CORPUS = "collection.tsv"
+DOCUMENTS = "msmarco-docs.tsv"
+CORPORA = (CORPUS, DOCUMENTS)
+TREC_DL_SPLITS = ("dl19", "dl20")
+_QUERIES = (
+    "msmarco-test2019-queries.tsv",
+    "msmarco-test2020-queries.tsv",
+    "msmarco-doctrain-queries.tsv",
+    "msmarco-docdev-queries.tsv",
+)
+_QRELS = {
+    "2019qrels-pass.txt": "dl19",
+    "2020qrels-pass.txt": "dl20",
+    "2019qrels-docs.txt": "dl19",
+    "2020qrels-docs.txt": "dl20",
+    "msmarco-doctrain-qrels.tsv": "train",
+    "msmarco-docdev-qrels.tsv": "dev",
+}
 
 
 class MsMarcoCollection:
@@ -40,13 +60,21 @@ class MsMarcoCollection:
         Raises:
             DataError: one of the layout's files is missing.
         """
-        for pattern in (CORPUS, "queries.*.tsv", "qrels.*.tsv"):
-            if not any(folder.glob(pattern)):
-                raise DataError(
-                    f"{folder / pattern}: missing; MS MARCO layout has {CORPUS}, queries.SPLIT.tsv and qrels.SPLIT.tsv"
-                )
+        corpus = next((folder / name for name in CORPORA if (folder / name).is_file()), None)
         self._folder = folder
-        self._corpus = CorpusFile(folder / CORPUS, _document)
+        self._query_paths = sorted([*folder.glob("queries.*.tsv"), *_present(folder, _QUERIES)])
+        self._qrels_paths = {
+            path.name.removeprefix("qrels.").removesuffix(".tsv"): path for path in folder.glob("qrels.*.tsv")
+        } | {_QRELS[path.name]: path for path in _present(folder, _QRELS)}
+        found = {CORPUS: corpus, "queries.*.tsv": self._query_paths, "qrels.*.tsv": self._qrels_paths}
+        for pattern, there in found.items():
+            if not there:
+                raise DataError(
+                    f"{folder / pattern}: missing; MS MARCO layout has {CORPUS}, queries.SPLIT.tsv and "
+                    "qrels.SPLIT.tsv, or MS MARCO's documents and TREC's files under their published names"
+                )
+        assert corpus is not None
+        self._corpus = CorpusFile(corpus, _passage if corpus.name == CORPUS else _document)
         self._qrels: dict[str, Qrels] = {}
 
     @property
@@ -62,13 +90,13 @@ class MsMarcoCollection:
     @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over the sha256 of collection, queries and qrels files."""
-        tables = (*self._query_paths(), *(self._qrels_path(split) for split in self.splits()))
+        tables = (*self._query_paths, *self._qrels_paths.values())
         return fingerprint(
             {"corpus": self.corpus_fingerprint, "tables": {path.name: file_sha256(path) for path in tables}}
         )
 
     def documents(self) -> Iterator[Document]:
-        """Stream the passages in the order of the file."""
+        """Stream the passages or documents in the order of the file."""
         return self._corpus.documents()
 
     def contents(self, doc_ids: Iterable[str]) -> dict[str, str]:
@@ -84,9 +112,8 @@ class MsMarcoCollection:
         return self._queries
 
     def splits(self) -> tuple[str, ...]:
-        """Return SPLIT of each ``qrels.SPLIT.tsv``."""
-        names = (path.name.removeprefix("qrels.").removesuffix(".tsv") for path in self._folder.glob("qrels.*.tsv"))
-        return in_split_order(names)
+        """Return SPLIT of each ``qrels.SPLIT.tsv``, and the splits of the files with names of their own."""
+        return in_split_order(self._qrels_paths)
 
     def qrels(self, split: str) -> Qrels:
         """Return the judgements of a split.
@@ -96,14 +123,14 @@ class MsMarcoCollection:
         """
         require_split(self.name, split, self.splits())
         if split not in self._qrels:
-            path = self._qrels_path(split)
+            path = self._qrels_paths[split]
             self._qrels[split] = collect_qrels(str(path), _judgements(path), self._queries, self._corpus.offsets)
         return self._qrels[split]
 
     @cached_property
     def _queries(self) -> dict[str, str]:
         queries: dict[str, str] = {}
-        for path in self._query_paths():
+        for path in self._query_paths:
             of_file: set[str] = set()
             for line in read_lines(path):
                 query_id, text = _columns(line, 2, "query-id text")
@@ -116,12 +143,6 @@ class MsMarcoCollection:
                     raise DataError(f"{line.where}: query {query_id!r} has another text in another queries file")
                 of_file.add(query_id)
         return queries
-
-    def _query_paths(self) -> list[Path]:
-        return sorted(self._folder.glob("queries.*.tsv"))
-
-    def _qrels_path(self, split: str) -> Path:
-        return self._folder / f"qrels.{split}.tsv"
 
 
 def read_top1000(path: Path) -> dict[str, Ranking]:
@@ -164,7 +185,18 @@ def _rank(text: str, where: str) -> int:
     return int(text)
 
 
+def _present(folder: Path, names: Iterable[str]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
 def _document(text: str, where: str) -> Document:
+    columns = text.split("\t")
+    if len(columns) != 4:
+        raise DataError(f"{where}: {len(columns)} columns instead of 4: document-id url title body, between tabs")
+    return Document(checked_id(columns[0], where, "document"), columns[2], columns[3])
+
+
+def _passage(text: str, where: str) -> Document:
     doc_id, separator, body = text.partition("\t")
     if not separator:
         raise DataError(f"{where}: no tab; a line is passage-id, tab, text")

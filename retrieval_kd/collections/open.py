@@ -35,7 +35,7 @@ def _open(path: str) -> Collection:
     folder = Path(path)
     if (folder / beir.CORPUS).is_file():
         return BeirCollection(folder)
-    if (folder / msmarco.CORPUS).is_file():
+    if any((folder / name).is_file() for name in msmarco.CORPORA):
         return MsMarcoCollection(folder)
     found = "no such folder" if not folder.is_dir() else "neither of the layouts"
     raise DataError(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from tiny import tiny_collection_folder, tiny_encoder, tiny_encoder_folder
 
+from index.served import served_folder
 from retrieval_kd.cli import main as command
-from retrieval_kd.cli.common import served_folder
 from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus
 from retrieval_kd.recipes.schema import CollectionSpec, ExportSpec, IndexSpec
 

@@ -131,3 +131,20 @@ def test_wrong_top1000_files(tmp_path: Path, content: str, part: str) -> None:
     with pytest.raises(DataError) as error:
         read_top1000(path)
     assert part in str(error.value)
+
+
+def test_documents_and_trec_files_under_their_published_names(tmp_path: Path) -> None:
+    """Renaming downloaded files by hand is where splits get mixed up."""
+    (tmp_path / "msmarco-docs.tsv").write_text("D1\thttp://a\tCats\tthey purr\nD2\thttp://b\tDogs\tthey bark\n")
+    (tmp_path / "msmarco-docdev-queries.tsv").write_text("1\twhat purrs\n")
+    (tmp_path / "msmarco-docdev-qrels.tsv").write_text("1 0 D1 1\n")
+    (tmp_path / "msmarco-test2019-queries.tsv").write_text("9\twhat barks\n")
+    (tmp_path / "2019qrels-docs.txt").write_text("9 0 D2 3\n9 0 D1 0\n")
+    collection = MsMarcoCollection(tmp_path)
+    assert collection.splits() == ("dev", "dl19")
+    assert collection.qrels("dl19") == {"9": {"D2": 3, "D1": 0}}
+    assert collection.contents(["D1"]) == {"D1": "Cats they purr"}
+    assert collection.queries() == {"1": "what purrs", "9": "what barks"}
+    append(tmp_path / "msmarco-docs.tsv", "D3\ttwo columns\n")
+    with pytest.raises(DataError, match=r"msmarco-docs\.tsv:3: 2 columns instead of 4"):
+        list(MsMarcoCollection(tmp_path).documents())

@@ -1,0 +1,259 @@
+"""From ``--system`` specifications to systems on a collection; vectors and scores are kept by fingerprint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from eval.dense import DenseSystem, TruncatedEncoder, encoded, truncated
+from eval.fusion import FusedSystem, Normalisation
+from eval.specs import SystemSpec
+from eval.systems import (
+    BM25System,
+    IndexSystem,
+    RerankSystem,
+    RunSystem,
+    ScoredRerank,
+    ServerSystem,
+    System,
+    reranked,
+)
+from retrieval_kd.artifacts import MANIFEST, fingerprint
+from retrieval_kd.collections.base import Collection, Qrels
+from retrieval_kd.encoders.base import Encoder
+from retrieval_kd.encoders.card import CARD
+from retrieval_kd.encoders.resolve import resolve_model
+from retrieval_kd.errors import DataError
+from retrieval_kd.recipes.schema import EncoderSpec
+from retrieval_kd.runs import Run, Shortlist
+
+if TYPE_CHECKING:
+    from retrieval_kd.teachers.cross_encoder import CrossEncoder
+
+_SETTINGS = "config_sentence_transformers.json"
+_BODY_SETTINGS = "sentence_bert_config.json"
+_RERANK_DEPTH = 100
+_RERANK_LENGTH = 192
+
+
+class Opener:
+    """Opens systems; a model is loaded once, a corpus encoded once, a pair scored once."""
+
+    def __init__(self, cache: Path, stack: contextlib.ExitStack) -> None:
+        """Take the folder of vectors and scores, and what closes connections at the end."""
+        self._cache = cache
+        self._stack = stack
+        self._encoders: dict[tuple[str, ...], Encoder] = {}
+        self._teachers: dict[tuple[str, int], CrossEncoder] = {}
+        self.identities: dict[str, str] = {}
+
+    def open(
+        self,
+        spec: SystemSpec,
+        collection: Collection,
+        documents: Collection,
+        qrels: Qrels,
+        runs: Mapping[str, tuple[str, Run]],
+    ) -> System:
+        """Open one system on a collection.
+
+        Args:
+            spec: What to open.
+            collection: What is searched: documents, or their passages.
+            documents: The documents themselves, which run files rank.
+            qrels: The judgements, whose queries a run file must answer.
+            runs: Reference of each system opened before to its name and run.
+
+        Raises:
+            RkdError: whatever is wrong with the system.
+        """
+        match spec.kind:
+            case "bm25":
+                system: System = BM25System(collection)
+            case "model":
+                system = self._model(spec, collection)
+            case "pair":
+                system = self._pair(spec, collection)
+            case "index":
+                system = self._index(spec, collection)
+            case "server":
+                system = self._server(spec, collection)
+            case "run":
+                system = RunSystem.read(Path(spec.target).name, Path(spec.target), documents, qrels)
+            case "rerank":
+                system = self._rerank(spec, collection, *runs[spec.components[0]])
+            case _:
+                system = self._fused(spec, runs)
+        if spec.name:
+            # Every system is a small object of its own, so the name can be given after it was opened.
+            system = _renamed(system, spec.name)
+        return system
+
+    def _model(self, spec: SystemSpec, collection: Collection) -> System:
+        encoder = self.encoder(spec.target, spec)
+        return self._dense(spec, encoder, encoder, collection)
+
+    def _pair(self, spec: SystemSpec, collection: Collection) -> System:
+        if "documents" not in spec.options:
+            raise DataError(f"--system {spec}: a pair needs the document encoder too: documents=MODEL")
+        query, document = self.encoder(spec.target), self.encoder(spec.options["documents"])
+        if spec.options.get("same_space", "no") == "yes":
+            query = _Declared(query, document)
+        return self._dense(spec, query, document, collection)
+
+    def _dense(self, spec: SystemSpec, query: Encoder, document: Encoder, collection: Collection) -> System:
+        corpus = encoded(document, collection, self._cache)
+        name = query.card.name if query is document else f"{query.card.name} over {document.card.name}"
+        if "dim" in spec.options:
+            dimension = spec.integer("dim", 1)
+            query = TruncatedEncoder(query, dimension)
+            corpus = truncated(corpus, dimension, self._cache)
+            name = f"{name}, {dimension} d"
+        system = DenseSystem(name, query, corpus, "student" if query.card.role == "query" else "bi-encoder")
+        self.identities[str(spec)] = f"encoder {query.card.fingerprint[:12]}, vectors {corpus.fingerprint[:12]}"
+        return system
+
+    def encoder(self, model: str, spec: SystemSpec | None = None) -> Encoder:
+        """Open an encoder: an exported one under onnxruntime, any other sentence-transformers model in torch.
+
+        A model without a card takes maximum length and prefixes from its own files unless the
+        specification names them.
+        """
+        options = {} if spec is None else {key: value for key, value in spec.options.items() if key != "dim"}
+        key = (model, *(f"{name}={value}" for name, value in sorted(options.items())))
+        if key not in self._encoders:
+            self._encoders[key] = _open_encoder(model, spec, options)
+        return self._encoders[key]
+
+    def _index(self, spec: SystemSpec, collection: Collection) -> System:
+        from index.search import Searcher
+        from index.served import served_folder
+        from retrieval_kd.encoders.onnx import OnnxEncoder
+
+        given = spec.options.get("encoder")
+        store, folder = served_folder(Path(spec.target), Path(given) if given else None)
+        encoder, searcher = OnnxEncoder.load(folder), Searcher.open(store)
+        self.identities[str(spec)] = f"index version {searcher.version}, encoder {encoder.card.fingerprint[:12]}"
+        role = "student" if encoder.card.role == "query" else "bi-encoder"
+        return IndexSystem(f"{encoder.card.name} over {spec.target}", role, encoder, searcher, collection)
+
+    def _server(self, spec: SystemSpec, collection: Collection) -> System:
+        from serve.client import RetrievalClient
+
+        client = self._stack.enter_context(RetrievalClient(spec.target))
+        return ServerSystem(f"server {spec.target}", client, collection)
+
+    def _rerank(self, spec: SystemSpec, collection: Collection, first_name: str, first: Run) -> System:
+        from retrieval_kd.scores.store import ScoreStore
+        from retrieval_kd.teachers.cross_encoder import CrossEncoder, score_candidates
+
+        depth = spec.integer("depth", _RERANK_DEPTH)
+        key = (spec.target, spec.integer("max_length", _RERANK_LENGTH))
+        if key not in self._teachers:
+            self._teachers[key] = CrossEncoder.load(*key)
+        teacher = self._teachers[key]
+        name = f"{Path(spec.target).name} over {first_name} top-{depth}"
+        self.identities[str(spec)] = f"cross-encoder {teacher.fingerprint[:12]}"
+        timed = RerankSystem(name, RunSystem(first_name, first), teacher, collection, depth)
+        lists = [Shortlist(query_id, top.doc_ids) for query_id, top in _tops(first, depth).items()]
+        if not lists:
+            return ScoredRerank(name, first, timed)
+        identity = {
+            "teacher": teacher.fingerprint,
+            "collection": collection.fingerprint,
+            "lists": [[item.query_id, *item.doc_ids] for item in lists],
+        }
+        folder = self._cache / f"score-{fingerprint(identity)[:12]}"
+        score_candidates(teacher, collection, lists, folder)
+        scores = ScoreStore.open(folder).score_lists(lists)
+        scored = {
+            item.query_id: reranked(first[item.query_id], values) for item, values in zip(lists, scores, strict=True)
+        }
+        return ScoredRerank(name, scored, timed)
+
+    def _fused(self, spec: SystemSpec, runs: Mapping[str, tuple[str, Run]]) -> System:
+        names, parts = zip(*(runs[component] for component in spec.components), strict=True)
+        joined = " + ".join(names)
+        if spec.kind == "rrf":
+            k = spec.integer("k", 60)
+            return FusedSystem(f"RRF of {joined}, k {k}", parts, k)
+        weights, how = spec.numbers("weights"), spec.options.get("normalise", "minmax")
+        label = f"{how} {'/'.join(f'{weight:g}' for weight in weights)} of {joined}"
+        return FusedSystem(label, parts, weights=weights, normalise=cast("Normalisation", how))
+
+
+class _Declared:
+    """A query encoder of a published pair, which its owner declares to lie in the document encoder's space."""
+
+    def __init__(self, encoder: Encoder, document: Encoder) -> None:
+        self._encoder = encoder
+        self.card = encoder.card.in_space_of(document.card, "query")
+        self.encode = encoder.encode
+
+
+def _tops(run: Run, depth: int) -> dict[str, Any]:
+    return {query_id: ranking.top(depth) for query_id, ranking in run.items() if len(ranking)}
+
+
+def _renamed(system: System, name: str) -> System:
+    if isinstance(system, (BM25System, DenseSystem, IndexSystem)):
+        system.name = name
+        return system
+    return cast("System", replace(cast("Any", system), name=name))
+
+
+def _open_encoder(model: str, spec: SystemSpec | None, options: Mapping[str, str]) -> Encoder:
+    folder = resolve_model(model)
+    if (folder / MANIFEST).is_file() and (folder / CARD).is_file():
+        _refuse_options(spec, options, "an exported encoder has its length and prefixes in its card")
+        from retrieval_kd.encoders.onnx import OnnxEncoder
+
+        return OnnxEncoder.load(folder)
+    import torch
+
+    from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+    if (folder / CARD).is_file():
+        _refuse_options(spec, options, "a trained encoder has its length and prefixes in its card")
+        encoder = TorchEncoder.open(folder)
+    else:
+        published = _published(folder)
+        length = published["max_length"] if spec is None else spec.integer("max_length", published["max_length"])
+        encoder = TorchEncoder.load(
+            EncoderSpec(
+                model,
+                max_length=length,
+                query_prefix=options.get("query_prefix", published["query_prefix"]),
+                document_prefix=options.get("document_prefix", published["document_prefix"]),
+            )
+        )
+    return encoder.to("cuda") if torch.cuda.is_available() else encoder
+
+
+def _refuse_options(spec: SystemSpec | None, options: Mapping[str, str], why: str) -> None:
+    if options:
+        raise DataError(f"--system {spec}: {', '.join(options)} cannot be changed; {why}")
+
+
+def _published(folder: Path) -> dict[str, Any]:
+    """Return what a published model's files say about length and prefixes."""
+    prompts = _json(folder / _SETTINGS).get("prompts") or {}
+    return {
+        "max_length": int(_json(folder / _BODY_SETTINGS).get("max_seq_length") or EncoderSpec().max_length),
+        "query_prefix": str(prompts.get("query") or ""),
+        "document_prefix": str(prompts.get("document") or prompts.get("passage") or ""),
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: cannot read it ({error}); save the model again") from None
+    return raw if isinstance(raw, dict) else {}

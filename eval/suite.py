@@ -1,0 +1,265 @@
+"""Several systems on several collections: each is opened, run and measured once; then the mean over the sets."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.measures import parse_measure
+from eval.opening import Opener
+from eval.report import write_report
+from eval.results import SystemResult
+from eval.shape import Passages, Shape, matches_itself
+from eval.specs import SystemSpec, in_order
+from eval.systems import judge
+from retrieval_kd.artifacts import write_json
+from retrieval_kd.collections import beir, msmarco
+from retrieval_kd.collections.base import Collection, split_queries
+from retrieval_kd.collections.irds import PREFIX
+from retrieval_kd.collections.open import open_collection
+from retrieval_kd.errors import DataError
+from retrieval_kd.recipes.schema import CollectionSpec
+from retrieval_kd.runs import Run
+
+SUMMARY_JSON = "summary.json"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How every system of a suite is measured.
+
+    Attributes:
+        split: The split whose judgements count.
+        measures: ir_measures names.
+        depth: Documents retrieved for each query.
+        distractors: Collections whose documents join each corpus without judgements; one that is itself
+            measured does not join itself.
+        remove_self: Drop the document with the query's id; None does so for ArguAna and Quora.
+        maxp: Search passages and rank documents by the best.
+        timed: Queries timed on each system; 0 times none.
+        seed: Seed of intervals and tests.
+        baseline: Reference of the system the others are tested against; the first when empty.
+    """
+
+    split: str = "test"
+    measures: tuple[str, ...] = ("nDCG@10", "RR@10", "R@100")
+    depth: int = 100
+    distractors: tuple[str, ...] = ()
+    remove_self: bool | None = None
+    maxp: bool = False
+    timed: int = 100
+    seed: int = 0
+    baseline: str = ""
+
+
+@dataclass(frozen=True)
+class Set:
+    """One collection of a suite and the set it is averaged into: CQADupStack's twelve are one set."""
+
+    path: str
+    group: str
+
+
+def expand(path: str) -> list[Set]:
+    """Return the collections of a path: itself, or those of a folder of collections such as ``cqadupstack``."""
+    folder = Path(path)
+    if path.startswith(PREFIX):
+        return _expand_irds(path)
+    if not folder.is_dir() or any((folder / name).is_file() for name in (beir.CORPUS, *msmarco.CORPORA)):
+        return [Set(path, "")]
+    parts = sorted(part for part in folder.iterdir() if (part / beir.CORPUS).is_file())
+    return [Set(str(part), folder.resolve().name) for part in parts] or [Set(path, "")]
+
+
+def _expand_irds(path: str) -> list[Set]:
+    try:
+        from ir_datasets import registry
+    except ImportError:
+        return [Set(path, "")]
+    dataset = path.removeprefix(PREFIX)
+    if dataset in registry:
+        return [Set(path, "")]
+    depth = dataset.count("/") + 1
+    parts = sorted(name for name in registry if name.startswith(f"{dataset}/") and name.count("/") == depth)
+    return [Set(PREFIX + part, path) for part in parts] or [Set(path, "")]
+
+
+def run_suite(
+    collections: Sequence[str],
+    specs: Sequence[SystemSpec],
+    setup: Setup,
+    cache: Path,
+    out: Path,
+    command: str,
+    announce: Callable[[str], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Measure every system on every collection and write a report for each.
+
+    One collection's report lies in ``out`` itself; of several, each has a folder there, and
+    ``summary.json`` has the mean over the sets.
+
+    Args:
+        collections: Folders, ``irds:`` ids, or folders of collections.
+        specs: The systems.
+        setup: How they are measured.
+        cache: Where vectors and scores are kept.
+        out: Where the reports go.
+        command: What is recorded as the way to do it again.
+        announce: Told what is being done.
+
+    Returns:
+        The content of each ``report.json``.
+
+    Raises:
+        RkdError: whatever is wrong with a collection, a system or a measure, before anything slow where
+            that can be known.
+    """
+    for measure in setup.measures:
+        parse_measure(measure)
+    if not specs:
+        raise DataError(
+            "no system to measure; name --system (see --help), --bm25, --index, --rerank, --server or --run"
+        )
+    ordered = in_order(specs)
+    sets = [part for path in collections for part in expand(path)]
+    reports: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        opener = Opener(cache, stack)
+        folders = _folders([part.path for part in sets])
+        for part, folder in zip(sets, folders, strict=True):
+            others = tuple(path for path in setup.distractors if not _same(path, part.path))
+            collection = open_collection(CollectionSpec(part.path, others))
+            where = out if len(sets) == 1 else out / folder
+            report = _measure(collection, ordered, setup, opener, where, command, announce)
+            reports.append({**report, "group": part.group})
+    if len(sets) > 1:
+        write_json(out / SUMMARY_JSON, summarise(reports))
+    return reports
+
+
+def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return each system's means on each set and over the sets, with the list of sets that was averaged.
+
+    The collections of a group (CQADupStack) are averaged into one set first. A mean over sets weighs
+    them alike, whatever their number of queries.
+
+    Raises:
+        DataError: the reports do not have the same systems and measures.
+    """
+    measures = list(reports[0]["measures"])
+    names = [system["name"] for system in reports[0]["systems"]]
+    for report in reports:
+        if [system["name"] for system in report["systems"]] != names or list(report["measures"]) != measures:
+            raise DataError(
+                f"{report['collection']}: other systems or measures than {reports[0]['collection']}; "
+                "a mean over sets needs the same everywhere: give each system a name, as in NAME=model:FOLDER"
+            )
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        groups.setdefault(report.get("group") or report["collection"], []).append(report)
+    rows = []
+    for position, name in enumerate(names):
+        values = {
+            group: {measure: _mean([part["systems"][position][measure] for part in parts]) for measure in measures}
+            for group, parts in groups.items()
+        }
+        mean = {measure: _mean([value[measure] for value in values.values()]) for measure in measures}
+        rows.append({"name": name, "role": reports[0]["systems"][position]["role"], "sets": values, "mean": mean})
+    return {
+        "split": reports[0]["split"],
+        "measures": measures,
+        "sets": [
+            {
+                "name": group,
+                "collections": [part["collection"] for part in parts],
+                "queries": sum(part["systems"][0]["queries"] for part in parts),
+            }
+            for group, parts in groups.items()
+        ],
+        "systems": rows,
+    }
+
+
+def _measure(
+    collection: Collection,
+    specs: Sequence[SystemSpec],
+    setup: Setup,
+    opener: Opener,
+    out: Path,
+    command: str,
+    announce: Callable[[str], None],
+) -> dict[str, Any]:
+    queries, qrels = split_queries(collection, setup.split), collection.qrels(setup.split)
+    remove_self = matches_itself(collection.name) if setup.remove_self is None else setup.remove_self
+    shape = Shape(remove_self, setup.maxp)
+    searched: Collection = Passages(collection) if setup.maxp else collection
+    runs: dict[str, tuple[str, Run]] = {}
+    results: list[SystemResult] = []
+    depth = shape.search_depth(setup.depth)
+    for spec in specs:
+        _require_depth(spec, depth)
+        announce(f"{collection.name}: {spec}")
+        system = opener.open(spec, searched, collection, qrels, runs)
+        run = system.run(queries, depth)
+        runs[spec.reference] = (system.name, run)
+        results.append(
+            judge(system, shape(run, setup.depth), queries, qrels, setup.measures, setup.depth, setup.seed, setup.timed)
+        )
+    names = {spec.reference: result.name for spec, result in zip(specs, results, strict=True)}
+    if setup.baseline and setup.baseline not in names:
+        raise DataError(f"baseline {setup.baseline!r} is not among the systems {', '.join(names)}; name one of them")
+    baseline = names.get(setup.baseline, results[0].name) if len(results) > 1 else None
+    return write_report(
+        out,
+        collection=collection.name,
+        split=setup.split,
+        systems=results,
+        documents=sum(1 for _ in collection.documents()),
+        baseline=baseline,
+        provenance={
+            "command": command,
+            "collection": collection.fingerprint,
+            "systems": {
+                result.name: f"{spec} {opener.identities.get(str(spec), '')}".strip()
+                for spec, result in zip(specs, results, strict=True)
+            },
+        },
+        notes=_notes(shape),
+        seed=setup.seed,
+    )
+
+
+def _require_depth(spec: SystemSpec, depth: int) -> None:
+    if spec.kind == "rerank" and spec.integer("depth", min(depth, 100)) > depth:
+        raise DataError(f"--system {spec}: depth is more than the {depth} documents retrieved; raise --depth")
+
+
+def _notes(shape: Shape) -> list[str]:
+    notes = []
+    if shape.remove_self:
+        notes.append("Documents with the query's own id were removed from every ranking.")
+    if shape.maxp:
+        notes.append("Passages were searched; a document has its best passage's score (MaxP).")
+    return notes
+
+
+def _folders(paths: Sequence[str]) -> list[str]:
+    """Return a folder name for each collection, longer where two would share one."""
+    names = [re.sub(r"[^A-Za-z0-9._-]+", "-", path.removeprefix(PREFIX)).strip("-.") for path in paths]
+    short = [Path(path).name for path in paths]
+    return [a if short.count(a) == 1 else b for a, b in zip(short, names, strict=True)]
+
+
+def _same(one: str, other: str) -> bool:
+    return one == other or (
+        Path(one).exists() and Path(other).exists() and Path(one).resolve() == Path(other).resolve()
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
