@@ -240,6 +240,16 @@ def build(folder: Path, spec: Spec, work: Callable[[Path], Mapping[str, Any]]) -
     return Artifact.load(folder, spec.stage)
 
 
+def config_of(folder: Path) -> Mapping[str, Any] | None:
+    """Return the configuration of what a folder holds, finished or not; None where that is unknown."""
+    for name in (MANIFEST, PLAN):
+        with contextlib.suppress(ArtifactError, AttributeError):
+            config = read_json(folder / name).get("config")
+            if isinstance(config, dict):
+                return config
+    return None
+
+
 def producers() -> dict[str, str]:
     """Return the versions of everything installed here that can change an artifact's bytes."""
     versions = {"retrieval-kd": __version__, "python": platform.python_version()}
@@ -278,7 +288,7 @@ def _prepare(folder: Path, spec: Spec) -> None:
         return
     # The manifest goes first: from here on the folder counts as unfinished, wherever we are stopped.
     (folder / MANIFEST).unlink(missing_ok=True)
-    write_json(plan, {"stage": spec.stage, "fingerprint": spec.fingerprint})
+    write_json(plan, {"stage": spec.stage, "fingerprint": spec.fingerprint, "config": dict(spec.config)})
     for path in leftovers:
         if path.name in (PLAN, MANIFEST):
             continue

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from retrieval_kd.artifacts import Artifact, Spec, atomic_write, build, fingerprint
+from retrieval_kd.artifacts import PLAN, Artifact, Spec, atomic_write, build, config_of, fingerprint
 from retrieval_kd.errors import ArtifactError
 
 
@@ -194,3 +194,22 @@ def test_fingerprint_ignores_key_order_and_refuses_nan() -> None:
     assert fingerprint({"a": 1}) != fingerprint({"a": 2})
     with pytest.raises(ValueError, match="not JSON compliant"):
         fingerprint(float("nan"))
+
+
+def test_the_configuration_of_a_half_finished_folder_is_known(tmp_path: Path) -> None:
+    """Without it a killed run that is started again with another recipe could not say what was changed."""
+    folder = tmp_path / "a"
+
+    def fail(_: Path) -> Mapping[str, Any]:
+        raise OSError("disk full")
+
+    assert config_of(folder) is None
+    with pytest.raises(OSError, match="disk full"):
+        build(folder, Spec("s", {"epochs": 2}), fail)
+    assert config_of(folder) == {"epochs": 2}
+    build(folder, Spec("s", {"epochs": 3}), _write)
+    assert config_of(folder) == {"epochs": 3}
+    (folder / "manifest.json").write_text("[1]")
+    assert config_of(folder) is None
+    (folder / PLAN).write_text("{")
+    assert config_of(folder) is None

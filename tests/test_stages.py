@@ -159,3 +159,7 @@ def test_the_verbs_work_on_every_stage(tiny: Path, tmp_path: Path) -> None:
         f"margin_mse student (asymmetric), stage {name}" for name in ("1 warmup", "2 refreshed", "3 hard")
     ]
     assert all(len(curves) > 0 for curves in report["training"].values())
+    again = ["run", str(path), "--out", str(out), "--artifacts", str(tiny / "artifacts")]
+    done = CliRunner().invoke(app, [*again, "--set", "stages.hard.schedule.epochs=9", "--set", "seed=1"])
+    assert "holds a run of another recipe (seed: 13 -> 1; stages.hard.schedule.epochs: 4 -> 9)" in str(done.exception)
+    assert json.loads((out / "report.json").read_text()) == report

@@ -30,11 +30,12 @@ from eval.systems import (
 from eval.tables import format_report
 from index.build import build_index
 from index.search import Searcher
-from retrieval_kd.artifacts import MANIFEST, Spec, atomic_write, build, file_sha256, fingerprint
+from retrieval_kd.artifacts import MANIFEST, Spec, atomic_write, build, config_of, file_sha256, fingerprint
+from retrieval_kd.changes import changes, shown
 from retrieval_kd.collections.base import split_queries
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.encoders.resolve import resolve_model
-from retrieval_kd.errors import ServeError
+from retrieval_kd.errors import ArtifactError, ServeError
 from retrieval_kd.recipes.loader import resolved, to_yaml
 from retrieval_kd.runs import Ranking, Run, Shortlist
 from retrieval_kd.stages import Workspace
@@ -55,8 +56,12 @@ def run_recipe(workspace: Workspace, out: Path, command: str) -> dict[str, Any]:
 
     Returns:
         The content of ``report.json``.
+
+    Raises:
+        ArtifactError: ``out`` holds a run of another recipe, finished or not; names the keys that differ.
     """
     recipe = workspace.recipe
+    _require_same_recipe(out, resolved(recipe))
     spec = Spec(
         "report",
         config=resolved(recipe),
@@ -80,6 +85,15 @@ def run_recipe(workspace: Workspace, out: Path, command: str) -> dict[str, Any]:
         (out / name).symlink_to(target, target_is_directory=True)
     report: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return report
+
+
+def _require_same_recipe(out: Path, recipe: Mapping[str, Any]) -> None:
+    held = config_of(out)
+    differences = changes(held, recipe) if held is not None else []
+    if differences:
+        raise ArtifactError(
+            f"{out}: holds a run of another recipe ({shown(differences)}); give another folder with --out, or delete it"
+        )
 
 
 def show_report(report: Mapping[str, Any], out: Path, as_json: bool) -> None:
