@@ -58,7 +58,9 @@ def equal_length_batches(
             yield from (group[start : start + rows] for start in range(0, len(group), rows))
 
 
-def pad(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def pad(
+    rows: Sequence[Sequence[int] | npt.NDArray[np.int32]], pad_id: int = 0
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Right-pad token rows to the longest.
 
     Returns:

@@ -182,6 +182,35 @@ class TorchEncoder(nn.Module):
             states = self.body(input_ids)
         else:
             states = self.body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return self._vectors(states, attention_mask)
+
+    def with_layers(self, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Turn token ids into vectors, and each of the chosen layers' states into one vector too.
+
+        Args:
+            input_ids: int64 ``[B, L]``.
+            attention_mask: int64 ``[B, L]``, 1 on tokens, 0 on padding.
+            layers: Layer numbers, 0-based.
+
+        Returns:
+            The vectors of :meth:`forward`, ``[B, d]``, and ``[B, len(layers), width]``: the states after each layer,
+            pooled and scaled to unit length as the vectors are, but not projected.
+
+        Raises:
+            RecipeError: a layer that the body does not have.
+        """
+        if isinstance(self.body, StaticBody):
+            raise RecipeError(f"{self._card.name!r} is a table of token vectors and has no layers")
+        output = self.body(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        states = output.hidden_states[1:]
+        if not 0 <= min(layers) <= max(layers) < len(states):
+            raise RecipeError(f"layers {list(layers)}: {self._card.name!r} has layers 0 to {len(states) - 1}")
+        pooled = [_pool(states[number], attention_mask, self._card.pooling) for number in layers]
+        if self._card.normalize:
+            pooled = [_unit(vectors) for vectors in pooled]
+        return self._vectors(output.last_hidden_state, attention_mask), torch.stack(pooled, dim=1)
+
+    def _vectors(self, states: Tensor, attention_mask: Tensor) -> Tensor:
         vectors = _pool(states, attention_mask, self._card.pooling)
         if self.projection is not None:
             vectors = self.projection(vectors)

@@ -37,8 +37,9 @@ class PairInputs:
     Attributes:
         student: float [B, L].
         mask: bool [B, L], True on real candidates.
-        preferences: float [B, L, L], probability that i is more relevant than j.
-        compared: bool [B, L, L], the pairs that the teacher was asked about.
+        preferences: float [B, L, L], probability that i is more relevant than j; any number where not compared.
+        compared: bool [B, L, L], the pairs that the teacher was asked about. A training set keeps both as one float32
+            [L, L] array a list, NaN where the teacher was not asked, on the diagonal too.
     """
 
     student: Tensor
@@ -58,7 +59,7 @@ class InBatchInputs:
         teacher: float [B, C].
         scored: bool [B, C], where the teacher's score is known; without in-batch scores, the query's own list.
         listed: bool [B, C], the query's own list.
-        documents: float [C, C], the student's similarity of each document to each other.
+        documents: float [C, C], the similarity of each document to each other, by the encoder of the documents.
     """
 
     student: Tensor

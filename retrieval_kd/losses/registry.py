@@ -45,6 +45,7 @@ class LossInfo:
         needs: The fields it takes, in the order of its positional parameters.
         source: Paper or code it follows.
         state: Makes what the loss remembers between steps; None for most.
+        any_width: Whether student and teacher vectors may differ in width; of kind ``embeddings`` only.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LossInfo:
     needs: tuple[str, ...]
     source: str
     state: Callable[..., LossState] | None = None
+    any_width: bool = False
 
     def arguments(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """Return the tensors the function takes, in order.
@@ -68,11 +70,15 @@ class LossInfo:
 
 
 def _info(
-    kind: Kind, function: Callable[..., Tensor], source: str, state: Callable[..., LossState] | None = None
+    kind: Kind,
+    function: Callable[..., Tensor],
+    source: str,
+    state: Callable[..., LossState] | None = None,
+    any_width: bool = False,
 ) -> LossInfo:
     parameters = inspect.signature(function).parameters.values()
     needs = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-    return LossInfo(function.__name__, function, kind, needs, source, state)
+    return LossInfo(function.__name__, function, kind, needs, source, state, any_width)
 
 
 LOSSES: Mapping[str, LossInfo] = {
@@ -102,8 +108,8 @@ LOSSES: Mapping[str, LossInfo] = {
         _info("in_batch", adaptive_margin, "Adaptive relevance margins, arXiv 2407.21515"),
         _info("embeddings", embedding_regression, "LEAF, arXiv 2509.12539"),
         _info("embeddings", contrastive_kd, "DistilCSE, arXiv 2112.05638", MemoryBank),
-        _info("embeddings", relational_distance, "Relational KD, arXiv 1904.05068"),
-        _info("embeddings", relational_angle, "Relational KD, arXiv 1904.05068"),
+        _info("embeddings", relational_distance, "Relational KD, arXiv 1904.05068", any_width=True),
+        _info("embeddings", relational_angle, "Relational KD, arXiv 1904.05068", any_width=True),
         _info("stacks", layer_alignment, "LEAD, arXiv 2212.05225"),
         _info("stacks", self_distillation, "BGE-M3, arXiv 2402.03216"),
     )

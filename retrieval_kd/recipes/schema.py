@@ -284,11 +284,14 @@ class LossSpec:
     Attributes:
         name: A loss of ``retrieval_kd.losses.registry``.
         weight: Its factor in the sum.
+        teacher: Whose scores it learns: ``scores``, the recipe's teacher, which knows each query's own list;
+            ``encoder``, the document encoder itself, which knows every query of the batch against every document.
         options: Its hyper-parameters, checked against the loss's own keyword arguments.
     """
 
     name: str
     weight: float = 1.0
+    teacher: Literal["scores", "encoder"] = "scores"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -52,8 +52,8 @@ class TrainingStage:
         """Return whether training, rather than mining, reads the teacher's scores."""
         from retrieval_kd.losses.registry import LOSSES
 
-        infos = [LOSSES[loss.name] for loss in self.spec.losses]
-        reads = any(info.kind != "embeddings" and "teacher" in info.needs for info in infos)
+        infos = [LOSSES[loss.name] for loss in self.spec.losses if loss.teacher == "scores"]
+        reads = any(info.kind in ("scores", "in_batch") and "teacher" in info.needs for info in infos)
         return reads or self.spec.selection.kind == "disagreement"
 
     @cached_property
@@ -151,7 +151,7 @@ class TrainingStage:
     def _train(self, folder: Path) -> Mapping[str, Any]:
         from retrieval_kd.training.batches import TrainingSet
         from retrieval_kd.training.loop import train
-        from retrieval_kd.training.towers import FrozenDocuments, LiveDocuments
+        from retrieval_kd.training.towers import FrozenDocuments, LayerTeacher, LiveDocuments
 
         workspace, stage = self._workspace, self.spec
         if stage.joint is not None:
@@ -169,10 +169,21 @@ class TrainingStage:
         def documents(device: torch.device) -> DocumentTower:
             if workspace.recipe.student.mode == "asymmetric":
                 return FrozenDocuments(workspace.corpus, device)
-            return LiveDocuments(student, workspace.collection, workspace.corpus, stage.schedule.micro_tokens, device)
+            return LiveDocuments(student, workspace.collection, workspace.corpus, device)
 
         seed = workspace.recipe.seed
-        summary = train(student, documents, data, workspace.dev_set, stage.losses, stage.schedule, seed, folder)
+        layers, queries = workspace.recipe.student.layers, workspace.training_queries
+        summary = train(
+            student,
+            documents,
+            data,
+            workspace.dev_set,
+            stage.losses,
+            stage.schedule,
+            seed,
+            folder,
+            layer_teacher=LayerTeacher(workspace.start, layers, queries, workspace.collection),
+        )
         student.save(folder)
         return {"stage": stage.name, **summary}
 

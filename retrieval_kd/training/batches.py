@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ class TrainingSet:
         teacher: One float32 array a list, aligned with its documents; None when no loss asks for it.
         qrels: The train split's judgements, for in-batch positives.
         query_targets: float32 ``[len(lists), d]``, the vectors that embedding losses regress onto.
+        preferences: One float32 ``[documents, documents]`` array a list: entry (i, j) is the probability, by a
+            pairwise teacher, that document i is more relevant than j; NaN where it was not asked, on the diagonal
+            too. None without such a teacher.
     """
 
     lists: Sequence[CandidateList]
@@ -33,23 +36,22 @@ class TrainingSet:
     teacher: Sequence[npt.NDArray[np.float32]] | None
     qrels: Qrels
     query_targets: Vectors
+    preferences: Sequence[npt.NDArray[np.float32]] | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together."""
-        sizes = {len(self.lists), len(self.query_targets)} | (
-            {len(self.teacher)} if self.teacher is not None else set()
-        )
+        parts = {"scores": self.teacher, "preferences": self.preferences}
+        given = {name: part for name, part in parts.items() if part is not None}
+        sizes = {len(self.lists), len(self.query_targets), *map(len, given.values())}
         if len(sizes) != 1 or not self.lists:
             raise DataError(
                 f"training set: {sorted(sizes)} lists, scores and targets; make all from the same candidates"
             )
-        if self.teacher is None:
-            return
-        for item, scores in zip(self.lists, self.teacher, strict=True):
-            if len(scores) != len(item.doc_ids):
-                raise DataError(
-                    f"query {item.query_id!r}: {len(item.doc_ids)} candidates, {len(scores)} teacher scores"
-                )
+        for name, part in given.items():
+            for item, values in zip(self.lists, part, strict=True):
+                if set(values.shape) != {len(item.doc_ids)}:
+                    shape = " x ".join(map(str, values.shape))
+                    raise DataError(f"query {item.query_id!r}: {len(item.doc_ids)} candidates, {shape} teacher {name}")
 
 
 @dataclass(frozen=True)
@@ -58,19 +60,34 @@ class Batch:
 
     Attributes:
         rows: Positions of the queries in the training set, int64 ``[B]``.
+        query_ids: Their ids.
         doc_ids: The ``C`` distinct documents of all lists, in order of first appearance.
         columns: Position of each candidate among ``doc_ids``, int64 ``[B, L]``; 0 where masked.
         mask: True on real candidates, bool ``[B, L]``.
         teacher: The teacher's scores, float32 ``[B, L]``; 0 where masked, None without a teacher.
         positives: Which of the batch's documents are judged relevant, bool ``[B, C]``.
+        preferences: A pairwise teacher's, float32 ``[B, L, L]``; NaN where it was not asked, None without one.
     """
 
     rows: npt.NDArray[np.int64]
+    query_ids: tuple[str, ...]
     doc_ids: tuple[str, ...]
     columns: Tensor
     mask: Tensor
     teacher: Tensor | None
     positives: Tensor
+    preferences: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on a device."""
+        return replace(
+            self,
+            columns=self.columns.to(device),
+            mask=self.mask.to(device),
+            teacher=None if self.teacher is None else self.teacher.to(device),
+            positives=self.positives.to(device),
+            preferences=None if self.preferences is None else self.preferences.to(device),
+        )
 
 
 def epoch_batches(count: int, size: int, seed: int, epoch: int, limit: int = 0) -> Iterator[npt.NDArray[np.int64]]:
@@ -95,7 +112,8 @@ def assemble(data: TrainingSet, rows: npt.NDArray[np.int64]) -> Batch:
     longest = max(len(item.doc_ids) for item in lists)
     columns = torch.zeros((len(lists), longest), dtype=torch.int64)
     mask = torch.zeros((len(lists), longest), dtype=torch.bool)
-    teacher = None if data.teacher is None else torch.zeros((len(lists), longest), dtype=torch.float32)
+    teacher = None if data.teacher is None else torch.zeros((len(lists), longest))
+    preferences = None if data.preferences is None else torch.full((len(lists), longest, longest), torch.nan)
     positives = torch.zeros((len(lists), len(position)), dtype=torch.bool)
     for i, (row, item) in enumerate(zip(rows, lists, strict=True)):
         length = len(item.doc_ids)
@@ -103,7 +121,10 @@ def assemble(data: TrainingSet, rows: npt.NDArray[np.int64]) -> Batch:
         mask[i, :length] = True
         if teacher is not None and data.teacher is not None:
             teacher[i, :length] = torch.from_numpy(data.teacher[row])
+        if preferences is not None and data.preferences is not None:
+            preferences[i, :length, :length] = torch.from_numpy(data.preferences[row])
         for doc_id, grade in data.qrels[item.query_id].items():
             if grade > 0 and doc_id in position:
                 positives[i, position[doc_id]] = True
-    return Batch(rows, tuple(position), columns, mask, teacher, positives)
+    query_ids = tuple(item.query_id for item in lists)
+    return Batch(rows, query_ids, tuple(position), columns, mask, teacher, positives, preferences)

@@ -2,7 +2,7 @@
 
 A step assembles its lists over their distinct documents, encodes each text once, hands scores and
 vectors to the recipe's losses, and moves the student. The loop knows neither which losses there are
-nor whether the documents are frozen.
+nor whether the documents are frozen, nor how many processes share a batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,30 +21,28 @@ from torch import Tensor, nn
 
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.errors import DataError, RecipeError
-from retrieval_kd.losses.inputs import EmbeddingInputs, InBatchInputs, Inputs, ScoreInputs
-from retrieval_kd.losses.registry import LOSSES, Kind, bind
+from retrieval_kd.losses.registry import LOSSES, bind, bind_state
 from retrieval_kd.progress import progress
 from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec
 from retrieval_kd.training.batches import Batch, TrainingSet, assemble, epoch_batches
 from retrieval_kd.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
 from retrieval_kd.training.dev import DevSet
 from retrieval_kd.training.metrics import MetricsLog
+from retrieval_kd.training.passes import Passes, sum_gradients
 from retrieval_kd.training.schedule import evenly, learning_rate
-from retrieval_kd.training.towers import DocumentTower, encode_rows
+from retrieval_kd.training.terms import Step, Terms
+from retrieval_kd.training.towers import DocumentTower, JointReranker, LayerTeacher, TokenRows, Tower
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
-# What a step hands to its losses, see _loss_inputs.
-_PROVIDED: Mapping[Kind, frozenset[str]] = {
-    "scores": frozenset({"student", "mask", "teacher"}),
-    "in_batch": frozenset({"student", "positives", "mask"}),
-    "embeddings": frozenset({"student", "teacher"}),
-}
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; all that a checkpoint holds besides tensors.
+    """How far a run has come.
 
     Attributes:
         step: Optimiser steps taken.
@@ -57,21 +55,23 @@ class Progress:
     best_ndcg: float = -1.0
 
 
-def check_losses(losses: Sequence[LossSpec]) -> None:
+def check_losses(losses: Sequence[LossSpec], *, pairwise: bool = False) -> None:
     """Refuse, before anything is scored, losses that :func:`train` could not call.
+
+    Args:
+        losses: The recipe's terms.
+        pairwise: Whether the teacher compares candidates two at a time.
 
     Raises:
         RecipeError: no such loss or option, an impossible value, or a loss that reads what no step makes.
     """
     for spec in losses:
         bind(spec.name, spec.options)
-        info = LOSSES[spec.name]
-        missing = sorted(set(info.needs) - _PROVIDED.get(info.kind, frozenset()))
-        if missing:
-            usable = (name for name, other in LOSSES.items() if set(other.needs) <= _PROVIDED.get(other.kind, set()))
+        bind_state(spec.name, spec.options)
+        if LOSSES[spec.name].kind == "pairs" and not pairwise:
             raise RecipeError(
-                f"losses: {spec.name} reads {info.kind} inputs ({', '.join(missing)}), which training does not make; "
-                f"use one of {', '.join(usable)}"
+                f"losses: {spec.name} reads pairwise preferences, which the recipe's teacher does not give; "
+                "name a pairwise teacher or another loss"
             )
 
 
@@ -84,12 +84,18 @@ def train(
     schedule: ScheduleSpec,
     seed: int,
     folder: Path,
+    *,
+    layer_teacher: LayerTeacher | None = None,
+    joint: JointReranker | None = None,
 ) -> Mapping[str, Any]:
     """Train ``student`` in place and leave its best weights in it.
 
     ``folder`` receives ``metrics.jsonl``, TensorBoard events and two checkpoints. Called again on the
-    folder of a killed run, training goes on from the last checkpoint and gives, on a CPU, the same
-    loss curve and weights to the bit.
+    folder of a killed run, with the student as it was then, training goes on from the last checkpoint
+    and gives, on a CPU, the same loss curve and weights to the bit.
+
+    A document tower's own encoder, if it is another than the student, and ``joint`` train along: they
+    are checkpointed with the student, and their weights at the best step are left in them.
 
     Args:
         student: The encoder to train.
@@ -100,30 +106,28 @@ def train(
         schedule: How long and how fast.
         seed: Seed of batch order and dropout.
         folder: Where logs and checkpoints go.
+        layer_teacher: For losses over layers; its layers are matched with the student's in order.
+        joint: A reranker that learns along; it scores the lists in place of ``data.teacher``.
 
     Returns:
         Facts for the manifest: steps, best step, its nDCG@10 on dev.
 
     Raises:
-        RecipeError: as :func:`check_losses`.
+        RecipeError: as :func:`check_losses`, or widths that do not fit.
         DataError: the loss is not finite; names step and terms.
     """
-    check_losses(losses)
+    check_losses(losses, pairwise=data.preferences is not None)
     from accelerate import Accelerator
 
     accelerator = Accelerator()
-    optimizer = torch.optim.AdamW(_decay_groups(student, schedule.weight_decay), lr=schedule.learning_rate, fused=True)
-    model, optimizer = accelerator.prepare(student, optimizer)
-    terms = _terms(losses)
-    rows = student.tokenizer([data.texts[item.query_id] for item in data.lists], "query")
-    tower = documents(accelerator.device)
+    run = _Run(accelerator, student, documents, data, losses, schedule, layer_teacher, joint)
     queries_per_epoch = min(len(data.lists), schedule.epoch_queries or len(data.lists))
     total = schedule.epochs * math.ceil(queries_per_epoch / schedule.batch_queries)
 
     at = Progress()
     resumed = (folder / LAST).is_file()
     if resumed:
-        at = Progress(**load_checkpoint(folder / LAST, student, optimizer.optimizer))
+        at = Progress(**load_checkpoint(folder / LAST, run.trained, run.optimizer.optimizer, run.terms.states))
     with MetricsLog(folder, at.step if resumed else None) as log, progress("train", total, "steps") as advance:
         if not resumed and dev is not None:
             log.write(
@@ -131,61 +135,171 @@ def train(
             )
         advance(at.step)
         for step, epoch, positions in _steps(len(data.lists), schedule, seed, start=at.step):
-            started = time.perf_counter()
             # Dropout draws from torch's global generator, so a resumed run must find it where it was.
-            torch.manual_seed(int(np.random.default_rng([seed, step]).integers(2**63)))
+            draw = np.random.default_rng([seed, step, accelerator.process_index])
+            torch.manual_seed(int(draw.integers(2**63)))
             rate = learning_rate(step, total, schedule)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-            model.train()
-            batch = assemble(data, positions)
-            queries = encode_rows(model, [rows[i] for i in positions], schedule.micro_tokens, accelerator.device)
-            inputs = _loss_inputs(batch, queries, tower, data)
-            values = {label: term.function(inputs) for label, term in terms.items()}
-            loss = torch.stack([term.weight * values[label] for label, term in terms.items()]).sum()
-            if not torch.isfinite(loss):
-                raise DataError(
-                    f"step {step + 1}: loss is {loss.item()} ({_shown(values)}); lower schedule.learning_rate"
-                )
-            accelerator.backward(loss)
-            norm = float(accelerator.clip_grad_norm_(model.parameters(), schedule.clip))
-            if not math.isfinite(norm):
-                raise DataError(f"step {step + 1}: gradient norm is {norm}; lower schedule.learning_rate")
-            optimizer.step()
-            optimizer.zero_grad()
-
+            values = run.step(positions, rate / schedule.learning_rate, (step + 1) / total, f"step {step + 1}")
             at = Progress(step + 1, at.best_step, at.best_ndcg)
-            log.write(
-                "train",
-                at.step,
-                {
-                    "epoch": epoch + 1,
-                    "loss": loss.item(),
-                    "losses": {name: value.item() for name, value in values.items()},
-                    "learning_rate": rate,
-                    "gradient_norm": norm,
-                    "queries_per_second": len(positions) / (time.perf_counter() - started),
-                },
-            )
+            log.write("train", at.step, {"epoch": epoch + 1, "learning_rate": rate, **values})
             if dev is not None and at.step in evenly(total, schedule.evaluations):
-                at = _evaluate(at, student, dev, log, folder)
+                at = _evaluate(at, student, run.trained, dev, log, folder)
             if at.step in evenly(total, schedule.checkpoints):
-                save_checkpoint(folder / LAST, student, optimizer.optimizer, asdict(at))
+                save_checkpoint(folder / LAST, run.trained, run.optimizer.optimizer, asdict(at), run.terms.states)
             advance(1)
     if at.best_step:
-        load_weights(folder / BEST, student)
-    student.eval()
+        load_weights(folder / BEST, run.trained)
+    run.trained.eval()
     return {"steps": at.step, "best_step": at.best_step or at.step, "dev_nDCG@10": at.best_ndcg if dev else None}
 
 
-def _evaluate(at: Progress, student: TorchEncoder, dev: DevSet, log: MetricsLog, folder: Path) -> Progress:
+class _Run:
+    """What stays the same from step to step, and one step."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: TorchEncoder,
+        documents: Callable[[torch.device], DocumentTower],
+        data: TrainingSet,
+        losses: Sequence[LossSpec],
+        schedule: ScheduleSpec,
+        layer_teacher: LayerTeacher | None,
+        joint: JointReranker | None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.data = data
+        self.schedule = schedule
+        self.terms = Terms(losses, dict.fromkeys(student.card.dimensions, 1.0))
+        self.joint = joint
+        stacked = [spec.name for spec in losses if LOSSES[spec.name].kind == "stacks"]
+        if stacked and layer_teacher is None:
+            raise RecipeError(f"losses: {stacked[0]} needs layers of student and teacher, which this run does not give")
+        self.layer_teacher = layer_teacher if stacked else None
+        self.queries = Tower(student, TokenRows(student.tokenizer, "query", lambda ids: data.texts))
+        student.to(accelerator.device)
+        self.documents = documents(accelerator.device)
+        self.trained = nn.ModuleDict({"student": student})
+        if self.documents.encoder not in (None, student):
+            self.trained["documents"] = self.documents.encoder
+        if joint is not None:
+            self.trained["joint"] = joint.module
+        self.trained.to(accelerator.device)
+        _check_widths(student, self.documents, data, losses)
+        # Copied now, before a checkpoint is read: what the student knew as the stage began.
+        self.previous: tuple[Tower, DocumentTower] | None = None
+        if ("scores", "previous") in self.terms.needs:
+            self.previous = (self.queries.frozen_copy(), self.documents.frozen_copy())
+        groups = [
+            {**group, "peak": joint.learning_rate if joint and name == "joint" else schedule.learning_rate}
+            for name, module in self.trained.items()
+            for group in _decay_groups(module, schedule.weight_decay)
+        ]
+        self.optimizer = accelerator.prepare_optimizer(
+            torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True), device_placement=False
+        )
+
+    def step(self, positions: npt.NDArray[np.int64], pace: float, progress: float, where: str) -> dict[str, Any]:
+        """Move the student once.
+
+        Args:
+            positions: The batch's queries.
+            pace: Share of the peak learning rate.
+            progress: Share of the run's steps that are done after this one.
+            where: What an error calls this step.
+
+        Returns:
+            What the log says about the step.
+        """
+        started = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * pace
+        self.trained.train()
+        passes = Passes(self.accelerator, self.schedule.micro_tokens)
+        step = self._look(assemble(self.data, positions).to(self.accelerator.device), passes)
+        losses = self.terms(step)
+        loss = self.terms.total(losses)
+        values = {label: value.item() for label, value in losses.items()}
+        if not torch.isfinite(loss):
+            shown = ", ".join(f"{label} {value:.4g}" for label, value in values.items())
+            raise DataError(f"{where}: loss is {loss.item()} ({shown}); lower schedule.learning_rate")
+        self.accelerator.backward(loss)
+        passes.backward()
+        sum_gradients(self.accelerator, self.trained.parameters())
+        norm = float(self.accelerator.clip_grad_norm_(self.trained.parameters(), self.schedule.clip))
+        if not math.isfinite(norm):
+            raise DataError(f"{where}: gradient norm is {norm}; lower schedule.learning_rate")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.terms.learn(step, values, progress)
+        return {
+            "loss": loss.item(),
+            "losses": values,
+            "gradient_norm": norm,
+            "queries_per_second": len(positions) / (time.perf_counter() - started),
+        }
+
+    def _look(self, batch: Batch, passes: Passes) -> Step:
+        """Encode the batch's texts, each once by everyone who has something to say about it."""
+        layers: tuple[int, ...] = ()
+        stacks = teacher_stacks = None
+        if self.layer_teacher is not None:
+            layers = tuple(range(len(self.layer_teacher.layers)))
+        queries = self.queries.encode(batch.query_ids, passes, layers)
+        documents = self.documents.encode(batch.doc_ids, passes, layers)
+        if self.layer_teacher is not None:
+            matched = self.layer_teacher.layers
+            theirs = [
+                tower.encode(ids, passes, matched).layers
+                for tower, ids in (
+                    (self.layer_teacher.queries, batch.query_ids),
+                    (self.layer_teacher.documents, batch.doc_ids),
+                )
+            ]
+            teacher_stacks = (_present(theirs[0]), _present(theirs[1]))
+            # Frozen documents are the teacher's: in asymmetric mode the student's layers rank the teacher's.
+            own = teacher_stacks[1] if documents.layers is None else documents.layers
+            stacks = (_present(queries.layers), own)
+        previous = None
+        if self.previous is not None:
+            frozen_queries, frozen_documents = self.previous
+            previous = (
+                frozen_queries.encode(batch.query_ids, passes).vectors,
+                frozen_documents.encode(batch.doc_ids, passes).vectors.to(queries.vectors),
+            )
+        targets = self.documents.targets(batch.doc_ids)
+        vectors = documents.vectors.to(queries.vectors)
+        return Step(
+            batch=batch,
+            queries=queries.vectors,
+            documents=vectors,
+            query_targets=torch.from_numpy(np.asarray(self.data.query_targets[batch.rows])).to(vectors),
+            document_targets=vectors.detach() if targets is None else targets.to(vectors),
+            documents_live=targets is not None,
+            teacher=batch.teacher if self.joint is None else self._live_scores(self.joint, batch, passes),
+            previous=previous,
+            stacks=stacks,
+            teacher_stacks=teacher_stacks,
+            unit=self.queries.encoder.card.normalize,
+        )
+
+    def _live_scores(self, joint: JointReranker, batch: Batch, passes: Passes) -> Tensor:
+        lists, ranks = batch.mask.nonzero(as_tuple=True)
+        columns = batch.columns[lists, ranks].tolist()
+        pairs = [(batch.query_ids[i], batch.doc_ids[column]) for i, column in zip(lists.tolist(), columns, strict=True)]
+        logits = joint.scores(pairs, passes)
+        return logits.new_zeros(batch.mask.shape).index_put((lists, ranks), logits)
+
+
+def _evaluate(
+    at: Progress, student: TorchEncoder, trained: nn.Module, dev: DevSet, log: MetricsLog, folder: Path
+) -> Progress:
     """Measure the student on dev and keep its weights if they are the best so far."""
     ndcg = dev.ndcg_at_10(student)
     log.write("dev", at.step, {"nDCG@10": ndcg})
     if ndcg <= at.best_ndcg:
         return at
-    save_weights(folder / BEST, student, {"step": at.step, "nDCG@10": ndcg})
+    save_weights(folder / BEST, trained, {"step": at.step, "nDCG@10": ndcg})
     return Progress(at.step, at.step, ndcg)
 
 
@@ -201,53 +315,34 @@ def _steps(
             step += 1
 
 
-@dataclass(frozen=True)
-class _Term:
-    weight: float
-    function: Callable[[Mapping[Kind, Inputs]], Tensor]
+def _check_widths(
+    student: TorchEncoder, documents: DocumentTower, data: TrainingSet, losses: Sequence[LossSpec]
+) -> None:
+    """Refuse vectors that are compared though their widths differ.
+
+    Raises:
+        RecipeError: names the widths and what to do.
+    """
+    width, targets = student.card.dimension, data.query_targets.shape[1]
+    if width == targets:
+        return
+    embedding = [spec.name for spec in losses if LOSSES[spec.name].kind == "embeddings"]
+    fitting = [name for name in embedding if not LOSSES[name].any_width]
+    if fitting:
+        raise RecipeError(
+            f"losses: {fitting[0]} compares the student's vectors ({width} wide) with the encoder's ({targets} wide); "
+            "set student.projection to true, or use a relational loss"
+        )
+    if documents.encoder is None:
+        raise RecipeError(
+            f"student: its vectors are {width} wide and the frozen documents' {targets}; set student.projection to true"
+        )
 
 
-def _terms(losses: Sequence[LossSpec]) -> dict[str, _Term]:
-    """Bind each loss of the recipe; one that stands there twice is numbered in the log."""
-    terms: dict[str, _Term] = {}
-    for spec in losses:
-        label = spec.name
-        while label in terms:
-            label += "'"
-        terms[label] = _Term(spec.weight, _bound(spec))
-    return terms
-
-
-def _bound(spec: LossSpec) -> Callable[[Mapping[Kind, Inputs]], Tensor]:
-    function = bind(spec.name, spec.options)
-    info = LOSSES[spec.name]
-
-    return lambda inputs: function(*info.arguments(inputs[info.kind]))
-
-
-def _loss_inputs(batch: Batch, queries: Tensor, tower: DocumentTower, data: TrainingSet) -> Mapping[Kind, Inputs]:
-    """Score every query against every document once; lists are gathered from that matrix."""
-    device = queries.device
-    documents = tower.vectors(batch.doc_ids)
-    in_batch = queries @ documents.T
-    targets = torch.from_numpy(np.asarray(data.query_targets[batch.rows])).to(device)
-    vectors = queries
-    document_targets = tower.targets(batch.doc_ids)
-    if document_targets is not None:
-        vectors, targets = torch.cat([queries, documents]), torch.cat([targets, document_targets])
-    return {
-        "scores": ScoreInputs(
-            student=in_batch.gather(1, batch.columns.to(device)),
-            mask=batch.mask.to(device),
-            teacher=None if batch.teacher is None else batch.teacher.to(device),
-        ),
-        "in_batch": InBatchInputs(
-            student=in_batch,
-            positives=batch.positives.to(device),
-            mask=torch.ones_like(in_batch, dtype=torch.bool),
-        ),
-        "embeddings": EmbeddingInputs(student=vectors, teacher=targets),
-    }
+def _present(layers: Tensor | None) -> Tensor:
+    if layers is None:
+        raise RecipeError("losses: a loss over layers needs an encoder with layers")
+    return layers
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -257,7 +352,3 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-def _shown(values: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -13,80 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import WORDS, tiny_encoder
+from tiny import tiny_encoder
+from torch import nn
+from training_jobs import curve, events, every_loss, job
 
-from retrieval_kd.collections.base import Document
-from retrieval_kd.encoders.corpus import EncodedCorpus
-from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.errors import ArtifactError, DataError
-from retrieval_kd.mining.candidates import CandidateList
-from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec, StudentSpec
-from retrieval_kd.students.build import build_student
-from retrieval_kd.training.batches import TrainingSet
-from retrieval_kd.training.checkpoint import load_checkpoint, save_checkpoint
-from retrieval_kd.training.dev import DevSet
-from retrieval_kd.training.loop import BEST, LAST, train
+from retrieval_kd.losses.registry import LOSSES
+from retrieval_kd.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from retrieval_kd.training.loop import BEST, LAST
 from retrieval_kd.training.metrics import MetricsLog
-from retrieval_kd.training.towers import DocumentTower, FrozenDocuments, LiveDocuments, encode_rows
-
-SCHEDULE = ScheduleSpec(epochs=3, batch_queries=8, learning_rate=3e-3, evaluations=3, checkpoints=6, micro_tokens=64)
-LOSSES = (LossSpec("listwise_kl", 1.0, {"student_temperature": 0.1}), LossSpec("embedding_regression", 1.0))
-
-
-class Texts:
-    """Random documents and queries over the tiny vocabulary."""
-
-    name = "texts"
-
-    def __init__(self) -> None:
-        rng = np.random.default_rng(5)
-        self.docs = {f"d{i}": " ".join(rng.choice(WORDS, size=8)) for i in range(20)}
-        self.query_texts = {f"q{i}": " ".join(rng.choice(WORDS, size=4)) for i in range(24)}
-
-    def documents(self) -> Any:
-        return (Document(doc_id, "", text) for doc_id, text in self.docs.items())
-
-    def contents(self, doc_ids: Any) -> dict[str, str]:
-        return {doc_id: self.docs[doc_id] for doc_id in doc_ids}
-
-
-def job(folder: Path, mode: str = "asymmetric", dropout: float = 0.0, losses: Any = LOSSES) -> tuple[TorchEncoder, Any]:
-    """Train a one-layer student of a two-layer encoder whose own ranking is the judgement."""
-    texts = Texts()
-    start = tiny_encoder(layers=2)
-    student = build_student(start, StudentSpec(mode=mode, layers=(1,), dropout=dropout), start.card)  # type: ignore[arg-type]
-    ids = sorted(texts.docs)
-    corpus = EncodedCorpus(ids, start.encode([texts.docs[i] for i in ids], "document"), start.card, "", "")
-    query_ids = list(texts.query_texts)
-    targets = start.encode(list(texts.query_texts.values()), "query")
-    order = np.argsort(-(targets @ corpus.vectors.T), axis=1)
-    best = {query_id: ids[row[0]] for query_id, row in zip(query_ids, order, strict=True)}
-    lists = [
-        CandidateList(q, (best[q], *(ids[j] for j in row[3 : 6 + i % 3])), (1, *([0] * (3 + i % 3))))
-        for i, (q, row) in enumerate(zip(query_ids, order, strict=True))
-    ]
-    scores = [
-        10 * np.asarray(corpus.vectors[[corpus.row_of[d] for d in item.doc_ids]] @ vector, np.float32)
-        for item, vector in zip(lists, targets, strict=True)
-    ]
-    qrels = {query_id: {doc_id: 1} for query_id, doc_id in best.items()}
-    data = TrainingSet(lists, texts.query_texts, scores, qrels, targets)
-    pool = tuple(ids) if mode == "symmetric" else ()
-    dev = DevSet(texts.query_texts, qrels, texts, None if pool else corpus, pool)  # type: ignore[arg-type]
-
-    def documents(device: torch.device) -> DocumentTower:
-        if mode == "asymmetric":
-            return FrozenDocuments(corpus, device)
-        return LiveDocuments(student, texts, corpus, 64, device)  # type: ignore[arg-type]
-
-    summary = train(student, documents, data, dev, losses, SCHEDULE, seed=3, folder=folder)
-    return student, summary
-
-
-def curve(folder: Path) -> list[tuple[int, str, float]]:
-    """Return what must be equal in two runs of one recipe; speeds are not."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["event"], row.get("loss", row.get("nDCG@10"))) for row in rows]
+from retrieval_kd.training.terms import Terms
+from retrieval_kd.training.towers import LiveDocuments
 
 
 @pytest.mark.parametrize("mode", ["asymmetric", "symmetric"])
@@ -107,24 +43,21 @@ def test_the_best_weights_are_left_in_the_student(tmp_path: Path) -> None:
     """Without it the last weights would be exported under the best ones' figure."""
     student, summary = job(tmp_path)
     reference, _ = job(tmp_path / "again")
-    from retrieval_kd.training.checkpoint import load_weights
-
-    facts = load_weights(tmp_path / BEST, reference)
+    facts = load_weights(tmp_path / BEST, nn.ModuleDict({"student": reference}))
     assert facts == {"step": summary["best_step"], "nDCG@10": summary["dev_nDCG@10"]}
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, reference.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kill_at", [1, 5, 8])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, kill_at: int) -> None:
-    """Without it a resumed run restarts at a higher loss (sentence-transformers#3756), with other dropout draws."""
+def killed(folder: Path, kill_at: int, call: str) -> None:
+    """Run a job of ``training_jobs`` in a process that dies by SIGKILL as a step begins."""
     script = textwrap.dedent(
         f"""
         import os, signal, sys
         from pathlib import Path
         sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
         import retrieval_kd.training.loop as loop
-        from test_loop import job
+        from training_jobs import every_loss, job
         calls, assemble = [], loop.assemble
         def dying(*arguments):
             calls.append(1)
@@ -132,17 +65,47 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, kill_at: int) -
                 os.kill(os.getpid(), signal.SIGKILL)
             return assemble(*arguments)
         loop.assemble = dying
-        job(Path(sys.argv[1]), dropout=0.2)
+        folder = Path(sys.argv[1])
+        {call}
         """
     )
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], check=False, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+
+@pytest.mark.parametrize("kill_at", [1, 5, 8])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, kill_at: int) -> None:
+    """Without it a resumed run restarts at a higher loss (sentence-transformers#3756), with other dropout draws."""
+    killed(tmp_path / "a", kill_at, "job(folder, dropout=0.2)")
     resumed, summary = job(tmp_path / "a", dropout=0.2)
     whole, expected = job(tmp_path / "b", dropout=0.2)
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
     assert summary == expected
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_what_losses_remember_survives_a_kill_to_the_bit(tmp_path: Path) -> None:
+    """Without it a memory bank would come back empty, TAID's blend at its start, and LwF's copy as it is now."""
+    killed(tmp_path / "a", 5, "every_loss(folder, 'symmetric')")
+    resumed, _ = every_loss(tmp_path / "a", "symmetric")
+    whole, _ = every_loss(tmp_path / "b", "symmetric")
+    for one, other in zip(events(tmp_path / "a"), events(tmp_path / "b"), strict=True):
+        assert one["losses"] == other["losses"]
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("mode", ["asymmetric", "symmetric"])
+def test_every_loss_of_the_registry_trains(tmp_path: Path, mode: str) -> None:
+    """Without it a recipe could name a loss whose inputs no step makes, found after hours of scoring."""
+    every_loss(tmp_path, mode)
+    rows = events(tmp_path)
+    assert {len(row["losses"]) for row in rows} == {len(LOSSES)} == {28}
+    assert np.mean([row["loss"] for row in rows[-3:]]) < np.mean([row["loss"] for row in rows[:3]])
+    # The copy is as the student was: dropout alone sets them apart at the first step.
+    forgetting = [row["losses"]["learning_without_forgetting"] for row in rows]
+    assert max(forgetting) > 0
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
@@ -154,32 +117,16 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
     assert curve(tmp_path) == before
 
 
-def test_micro_batches_do_not_change_vectors_or_gradients() -> None:
-    """Without it the memory budget would be a hyper-parameter of quality."""
-    encoder = tiny_encoder()
-    rows = encoder.tokenizer([" ".join(WORDS[i : i + 1 + i % 7]) for i in range(20)], "query")
-    weights = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
-    gradients = []
-    for budget in (10_000, 16):
-        encoder.zero_grad()
-        vectors = encode_rows(encoder, rows, budget, torch.device("cpu"))
-        (vectors * weights).sum().backward()
-        gradients.append([p.grad.clone() for p in encoder.parameters() if p.grad is not None])
-    assert len(gradients[0]) == len(gradients[1]) > 0
-    for one, many in zip(*gradients, strict=True):
-        assert torch.allclose(one, many, atol=1e-5)
-
-
 def test_each_document_is_encoded_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it shared negatives would cost a forward pass for every list they stand in."""
     seen: list[tuple[str, ...]] = []
-    vectors = LiveDocuments.vectors
+    encode = LiveDocuments.encode
 
-    def counted(self: LiveDocuments, doc_ids: Any) -> torch.Tensor:
+    def counted(self: LiveDocuments, doc_ids: Any, *rest: Any) -> Any:
         seen.append(tuple(doc_ids))
-        return vectors(self, doc_ids)
+        return encode(self, doc_ids, *rest)
 
-    monkeypatch.setattr(LiveDocuments, "vectors", counted)
+    monkeypatch.setattr(LiveDocuments, "encode", counted)
     job(tmp_path, "symmetric")
     assert len(seen) == 9
     assert all(len(ids) == len(set(ids)) <= 20 for ids in seen)
@@ -187,9 +134,8 @@ def test_each_document_is_encoded_once_a_batch(tmp_path: Path, monkeypatch: pyte
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it one overflow would turn every weight into NaN and the run would go on to the end."""
-    import retrieval_kd.training.loop as loop
-
-    monkeypatch.setattr(loop, "_bound", lambda spec: lambda inputs: inputs["scores"].student.sum() * float("inf"))
+    call = Terms.__call__
+    monkeypatch.setattr(Terms, "__call__", lambda *args: {k: v * float("inf") for k, v in call(*args).items()})
     with pytest.raises(DataError, match=r"step 1: loss is .*listwise_kl .*lower schedule\.learning_rate"):
         job(tmp_path)
 

@@ -1,0 +1,122 @@
+"""A training run in a second, in every mode and with every loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import WORDS, tiny_encoder
+
+from retrieval_kd.collections.base import Document
+from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.encoders.torch_encoder import TorchEncoder
+from retrieval_kd.losses.registry import LOSSES
+from retrieval_kd.mining.candidates import CandidateList
+from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec, StudentSpec
+from retrieval_kd.students.build import build_student
+from retrieval_kd.training.batches import TrainingSet
+from retrieval_kd.training.dev import DevSet
+from retrieval_kd.training.loop import train
+from retrieval_kd.training.towers import DocumentTower, FrozenDocuments, LayerTeacher, LiveDocuments
+
+SCHEDULE = ScheduleSpec(epochs=3, batch_queries=8, learning_rate=3e-3, evaluations=3, checkpoints=6, micro_tokens=64)
+LOSSES_OF_A_RECIPE = (
+    LossSpec("listwise_kl", 1.0, options={"student_temperature": 0.1}),
+    LossSpec("embedding_regression", 1.0),
+)
+EVERY_LOSS = tuple(LossSpec(name, 0.1) for name in LOSSES)
+
+
+class Texts:
+    """Random documents and queries over the tiny vocabulary."""
+
+    name = "texts"
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(5)
+        self.docs = {f"d{i}": " ".join(rng.choice(WORDS, size=8)) for i in range(20)}
+        self.query_texts = {f"q{i}": " ".join(rng.choice(WORDS, size=4)) for i in range(24)}
+
+    def documents(self) -> Any:
+        return (Document(doc_id, "", text) for doc_id, text in self.docs.items())
+
+    def contents(self, doc_ids: Any) -> dict[str, str]:
+        return {doc_id: self.docs[doc_id] for doc_id in doc_ids}
+
+
+class Job:
+    """A one-layer student of a two-layer encoder whose own ranking is the judgement."""
+
+    def __init__(self, mode: str = "asymmetric", dropout: float = 0.0, sizes: Sequence[int] = ()) -> None:
+        self.texts = Texts()
+        self.mode = mode
+        self.start = tiny_encoder(layers=2)
+        spec = StudentSpec(mode=mode, layers=(1,), dropout=dropout)  # type: ignore[arg-type]
+        self.student = build_student(self.start, spec, self.start.card)
+        self.student._card = replace(self.student.card, dimensions=(16, *sizes))
+        ids = sorted(self.texts.docs)
+        vectors = self.start.encode([self.texts.docs[i] for i in ids], "document")
+        self.corpus = EncodedCorpus(ids, vectors, self.start.card, "", "")
+        query_ids = list(self.texts.query_texts)
+        targets = self.start.encode(list(self.texts.query_texts.values()), "query")
+        order = np.argsort(-(targets @ vectors.T), axis=1)
+        best = {query_id: ids[row[0]] for query_id, row in zip(query_ids, order, strict=True)}
+        lists = [
+            CandidateList(q, (best[q], *(ids[j] for j in row[3 : 6 + i % 3])), (1, *([0] * (3 + i % 3))))
+            for i, (q, row) in enumerate(zip(query_ids, order, strict=True))
+        ]
+        scores = [
+            10 * np.asarray(vectors[[self.corpus.row_of[d] for d in item.doc_ids]] @ vector, np.float32)
+            for item, vector in zip(lists, targets, strict=True)
+        ]
+        preferences = [(1 / (1 + np.exp(one[None, :] - one[:, None]))).astype(np.float32) for one in scores]
+        for one in preferences:
+            np.fill_diagonal(one, np.nan)
+            one[-1, 1] = np.nan
+        self.qrels = {query_id: {doc_id: 1} for query_id, doc_id in best.items()}
+        self.data = TrainingSet(lists, self.texts.query_texts, scores, self.qrels, targets, preferences)
+
+    def documents(self, device: torch.device) -> DocumentTower:
+        if self.mode == "asymmetric":
+            return FrozenDocuments(self.corpus, device)
+        return LiveDocuments(self.student, self.texts, self.corpus, device)  # type: ignore[arg-type]
+
+    def layer_teacher(self) -> LayerTeacher:
+        return LayerTeacher(self.start, (1,), self.texts.query_texts, self.texts)  # type: ignore[arg-type]
+
+    def run(
+        self, folder: Path, losses: Any = LOSSES_OF_A_RECIPE, schedule: ScheduleSpec = SCHEDULE, **options: Any
+    ) -> Mapping[str, Any]:
+        pool = () if self.mode == "asymmetric" else tuple(self.corpus.ids)
+        searched = None if pool else self.corpus
+        dev = DevSet(self.texts.query_texts, self.qrels, self.texts, searched, pool)  # type: ignore[arg-type]
+        return train(self.student, self.documents, self.data, dev, losses, schedule, 3, folder, **options)
+
+
+def job(folder: Path, mode: str = "asymmetric", dropout: float = 0.0, **options: Any) -> tuple[TorchEncoder, Any]:
+    """Train and return the student and the run's summary."""
+    work = Job(mode, dropout)
+    return work.student, work.run(folder, **options)
+
+
+def every_loss(folder: Path, mode: str, **options: Any) -> tuple[TorchEncoder, Any]:
+    """Train with all losses of the registry at once, with dropout and two Matryoshka sizes."""
+    work = Job(mode, dropout=0.2, sizes=(8,))
+    return work.student, work.run(folder, EVERY_LOSS, layer_teacher=work.layer_teacher(), **options)
+
+
+def events(folder: Path, event: str = "train") -> list[dict[str, Any]]:
+    """Return the log's rows of one event."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == event]
+
+
+def curve(folder: Path) -> list[tuple[int, str, float]]:
+    """Return what must be equal in two runs of one recipe; speeds are not."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["event"], row.get("loss", row.get("nDCG@10"))) for row in rows]
