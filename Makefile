@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 COLLECTION ?= python-docs
-MODEL ?= cross-encoder/ms-marco-MiniLM-L6-v2
+MODEL ?= runs/demo/teacher
 
 .PHONY: setup demo test lint proto bench clean
 
@@ -30,7 +30,7 @@ proto: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
 		--mypy_out=. --mypy_grpc_out=. protos/dense/retrieval/v1/retrieval.proto
 
-bench: $(READY)
+bench: demo
 	$(BIN)/python benchmarks/encode.py --collection $(COLLECTION)
 	$(BIN)/python benchmarks/score_pairs.py --model $(MODEL) --collection $(COLLECTION)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,8 @@ def serve(
     as_json: AsJson = False,
 ) -> None:
     """Serve an index over gRPC until interrupted."""
+    # grpc's core logs a port in use in lines of its own, before we say it in one.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from serve.server import run_server
 
     index, query_encoder = served_folder(store, encoder)

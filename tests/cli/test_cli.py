@@ -223,6 +223,19 @@ def test_serve_refuses_strangers_and_taken_ports(rkd: Rkd, exported: Path, tmp_p
         assert rkd("serve", store, "--encoder", exported / "a", "--port", "99999")[0] == 2
 
 
+def test_a_taken_port_is_one_line_from_the_process_too(exported: Path) -> None:
+    """Without it grpc's core would write lines of its own, with source files and addresses, before ours."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        verb = [sys.executable, "-m", "retrieval_kd.cli.main", "serve", str(exported / "store")]
+        arguments = ["--encoder", str(exported / "a"), "--port", port]
+        done = subprocess.run([*verb, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["error"]
+
+
 def test_a_started_server_has_imported_nothing_heavy(exported: Path) -> None:
     """Without it an import inside a function could bring torch into the serving image, past every test of modules."""
     verb = [sys.executable, "-X", "importtime", "-m", "retrieval_kd.cli.main"]
