@@ -3,100 +3,133 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import faiss
 import numpy as np
 
-from index.manifest import GRAPH, IndexContent
+from index.documents import document_fields, field_types, write_documents
+from index.ids import IDS, write_ids
+from index.kinds import resolved, write_ann
+from index.manifest import IndexContent
+from index.probes import PROBE_COUNT, evenly_spaced
+from index.search import make_probes
 from index.store import IndexStore
-from index.threads import faiss_threads
-from retrieval_kd.artifacts import atomic_write
+from index.vectors import truncated, write_stored
+from retrieval_kd.collections.base import Collection
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
-from retrieval_kd.encoders.corpus import IDS, VECTORS, EncodedCorpus, write_ids, write_vectors
-from retrieval_kd.errors import DataError
-from retrieval_kd.progress import progress
+from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.errors import DataError, did_you_mean
 from retrieval_kd.recipes.schema import IndexSpec
 
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS = 4096
 
 
-def build_index(corpus: EncodedCorpus, spec: IndexSpec, store: Path, query_card: EncoderCard | None = None) -> Path:
+def build_index(
+    corpus: EncodedCorpus,
+    spec: IndexSpec,
+    store: Path,
+    query_card: EncoderCard | None = None,
+    *,
+    queries: EncodedCorpus | None = None,
+    collection: Collection | None = None,
+    fields: Sequence[str] = (),
+) -> Path:
     """Build an index version and make it the store's current one; do nothing if it is there already.
-
-    ``flat`` compares a query with ``vectors.npy`` itself; ``hnsw`` adds the graph ``ann.faiss``
-    (Malkov and Yashunin, arXiv 1603.09320), built by one thread because a graph built by several
-    differs from run to run (faiss#2548).
 
     Args:
         corpus: The documents' vectors.
         spec: How they will be searched.
         store: The store's folder, made if absent.
         query_card: The encoder that will search; checked when given.
+        queries: Vectors of queries that nothing was trained on, by that encoder; some become the version's probes.
+            Without them documents do, which tests the version as well but says nothing of its recall.
+        collection: The documents themselves; needed with ``fields``.
+        fields: Names of what is stored with each document: ``title``, ``text``, or keys of its metadata.
 
     Returns:
         The folder of the version.
 
     Raises:
         EncoderMismatch: queries would not lie in the documents' space.
-        DataError: no documents, or a vector that is not finite; names the document.
+        DataError: no documents, a vector that is not finite, a dimension the encoder does not have, a field that no
+            document has, or too few documents for the kind; names what.
         ArtifactError: the store cannot be written; what was published stays.
     """
-    if query_card is not None:
-        require_same_space(query_card, corpus.card)
-    if corpus.card.similarity == "cosine" and not corpus.card.normalize:
+    card = corpus.card
+    for other in (query_card, None if queries is None else queries.card):
+        if other is not None:
+            require_same_space(other, card)
+    if card.similarity == "cosine" and not card.normalize:
         raise DataError(
-            f"encoder {corpus.card.name!r} compares by cosine but does not normalise, and an index compares by "
+            f"encoder {card.name!r} compares by cosine but does not normalise, and an index compares by "
             "dot product; set normalize in its card and encode again"
         )
+    if spec.dimension and spec.dimension not in card.dimensions:
+        sizes = ", ".join(map(str, card.dimensions))
+        raise DataError(f"index.dimension: encoder {card.name!r} has no {spec.dimension}; it has {sizes}")
+    _require_finite(corpus)
+    shape = (len(corpus.ids), spec.dimension or card.dimension)
     content = IndexContent(
-        index=spec,
-        count=len(corpus.ids),
-        dimension=corpus.card.dimension,
-        largest_norm=_largest_norm(corpus),
-        document_encoder=corpus.card,
+        requested=spec,
+        index=resolved(spec, shape[0]),
+        count=shape[0],
+        dimension=shape[1],
+        largest_norm=0.0,
+        document_encoder=card,
+        query_encoder="" if query_card is None else query_card.fingerprint,
         encoding_fingerprint=corpus.fingerprint,
         corpus_fingerprint=corpus.texts_fingerprint,
+        queries_fingerprint="" if queries is None else queries.fingerprint,
+        fields=_field_types(corpus, collection, fields),
     )
 
-    def write(folder: Path) -> None:
+    def blocks() -> Iterator[Vectors]:
+        return (truncated(block, shape[1], card.normalize) for block in _blocks(corpus.vectors))
+
+    def write(folder: Path) -> IndexContent:
         write_ids(folder / IDS, corpus.ids)
-        write_vectors(folder / VECTORS, _blocks(corpus.vectors), (content.count, content.dimension))
-        if spec.kind == "hnsw":
-            _write_graph(folder / GRAPH, corpus.vectors, spec)
+        stored = write_stored(folder, blocks, shape, spec.storage)
+        if content.fields:
+            assert collection is not None
+            documents = ((document.doc_id, document_fields(document)) for document in collection.documents())
+            write_documents(folder, documents, content.fields, corpus.row_of)
+        write_ann(folder, stored, content.index)
+        longest = max(float(np.linalg.norm(block.astype(np.float64), axis=1).max()) for block in stored.blocks())
+        finished = replace(content, largest_norm=longest)
+        asked = corpus.vectors if queries is None else queries.vectors
+        probes = np.ascontiguousarray(asked[evenly_spaced(len(asked), PROBE_COUNT)])
+        make_probes(folder, finished, probes).save(folder)
+        return finished
 
-    return IndexStore(store).publish(content, write)
+    return IndexStore(store).publish(content.fingerprint, write)
 
 
-def _largest_norm(corpus: EncodedCorpus) -> float:
+def _require_finite(corpus: EncodedCorpus) -> None:
     if not corpus.ids:
         raise DataError("no documents to index; encode a corpus that has some")
-    largest = 0.0
     for start, block in zip(itertools.count(0, _BLOCK_ROWS), _blocks(corpus.vectors), strict=False):
-        norms = np.linalg.norm(block.astype(np.float64), axis=1)
-        if not np.isfinite(norms).all():
-            row = start + int(np.argmin(np.isfinite(norms)))
+        finite = np.isfinite(block).all(axis=1)
+        if not finite.all():
+            row = start + int(np.argmin(finite))
             raise DataError(f"document {corpus.ids[row]!r}: its vector is not finite; encode the corpus again")
-        largest = max(largest, float(norms.max()))
-    return largest
 
 
-def _write_graph(path: Path, vectors: Vectors, spec: IndexSpec) -> None:
-    graph = faiss.IndexHNSWFlat(vectors.shape[1], spec.neighbours, faiss.METRIC_INNER_PRODUCT)
-    graph.hnsw.efConstruction = spec.ef_construction
-    graph.hnsw.efSearch = spec.ef_search
-    with faiss_threads(1), progress("link the graph", len(vectors), "documents") as advance:
-        for block in _blocks(vectors):
-            graph.add(block)
-            advance(len(block))
-    # faiss's own file writer loses an error of the last flush; a callback raises it.
-    with atomic_write(path, "wb") as file:
-        writer = faiss.PyCallbackIOWriter(file.write)  # type: ignore[attr-defined]  # faiss's stubs lack it
-        faiss.write_index(graph, writer)
+def _field_types(corpus: EncodedCorpus, collection: Collection | None, names: Sequence[str]) -> Mapping[str, str]:
+    if not names:
+        return {}
+    if collection is None or collection.corpus_fingerprint != corpus.texts_fingerprint:
+        raise DataError("stored fields: the collection is not the one that was encoded; give that one")
+    types = field_types(map(document_fields, collection.documents()), names)
+    for name in names:
+        if name not in types:
+            known = {key for document in collection.documents() for key in document_fields(document)}
+            raise DataError(f"--fields: no document of {collection.name} has {name!r}{did_you_mean(name, known)}")
+    return types
 
 
 def _blocks(vectors: Vectors) -> Iterator[Vectors]:
     for start in range(0, len(vectors), _BLOCK_ROWS):
-        yield np.ascontiguousarray(vectors[start : start + _BLOCK_ROWS])
+        yield np.ascontiguousarray(vectors[start : start + _BLOCK_ROWS], dtype=np.float32)

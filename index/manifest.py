@@ -8,7 +8,7 @@ name, which ends in the first eight digits of its sha256, and in full by the sto
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +17,7 @@ from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.errors import ArtifactError, RkdError
 from retrieval_kd.recipes.schema import IndexSpec
 
-FORMAT_VERSION = 1
-GRAPH = "ann.faiss"
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -26,30 +25,46 @@ class IndexContent:
     """What an index version holds.
 
     Attributes:
-        index: How it is searched.
+        requested: How it was to be searched.
+        index: How it is searched: ``requested`` with every choice made and every number filled in.
         count: Number of documents.
-        dimension: Width of the vectors.
-        largest_norm: Length of the longest document vector; bounds the rounding error of any score.
+        dimension: Width of the vectors as stored; at most the encoder's.
+        largest_norm: Length of the longest stored vector; bounds the rounding error of any score.
         document_encoder: The encoder of the documents; queries must lie in its space.
+        query_encoder: Fingerprint of the encoder whose queries it was checked with; empty if none was named.
         encoding_fingerprint: The encoding the vectors come from.
         corpus_fingerprint: The documents alone.
+        queries_fingerprint: The query vectors it was tuned and tested with; empty if there were none.
+        fields: What each stored field holds, by name.
+        tuning: How the search effort was chosen, as :mod:`index.tune` saw it; empty if it was not.
         metric: What a score is.
     """
 
+    requested: IndexSpec
     index: IndexSpec
     count: int
     dimension: int
     largest_norm: float
     document_encoder: EncoderCard
+    query_encoder: str
     encoding_fingerprint: str
     corpus_fingerprint: str
+    queries_fingerprint: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
     metric: Literal["inner_product"] = "inner_product"
 
     @property
     def fingerprint(self) -> str:
         """Return the identity of the build: two builds that share it hold the same."""
-        config = {"index": asdict(self.index), "metric": self.metric, "format_version": FORMAT_VERSION}
-        return Spec("index", config, inputs={"encoding": self.encoding_fingerprint}).fingerprint
+        config = {
+            "index": asdict(self.requested),
+            "fields": sorted(self.fields),
+            "metric": self.metric,
+            "format_version": FORMAT_VERSION,
+        }
+        inputs = {"encoding": self.encoding_fingerprint, "queries": self.queries_fingerprint}
+        return Spec("index", config, inputs=inputs).fingerprint
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,7 @@ class IndexManifest:
             held = {key: value for key, value in raw["content"].items() if key not in ("query_space", "fingerprint")}
             content = {
                 **held,
+                "requested": IndexSpec(**held["requested"]),
                 "index": IndexSpec(**held["index"]),
                 "document_encoder": EncoderCard.from_json(held["document_encoder"], str(path)),
             }
@@ -138,17 +154,26 @@ def check_files(version: Path, manifest: IndexManifest) -> None:
     Raises:
         ArtifactError: names the first file that is missing, of another size, or of other bytes.
     """
+    check_sizes(version, manifest)
+    for entry in manifest.files:
+        if file_sha256(version / entry.path) != entry.sha256:
+            raise ArtifactError(
+                f"{version / entry.path}: bytes differ from the manifest's sha256; build the index again"
+            )
+
+
+def check_sizes(version: Path, manifest: IndexManifest) -> None:
+    """Compare the size of every file with the manifest.
+
+    Raises:
+        ArtifactError: names the first file that is missing or of another size.
+    """
     for entry in manifest.files:
         path = version / entry.path
         size = path.stat().st_size if path.is_file() else None
         if size != entry.bytes:
             found = "missing" if size is None else f"{size} bytes"
             raise ArtifactError(f"{path}: {found}, the manifest says {entry.bytes} bytes; build the index again")
-    for entry in manifest.files:
-        if file_sha256(version / entry.path) != entry.sha256:
-            raise ArtifactError(
-                f"{version / entry.path}: bytes differ from the manifest's sha256; build the index again"
-            )
 
 
 def is_sound(version: Path) -> bool:

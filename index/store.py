@@ -7,14 +7,19 @@
 A process that maps a file dies when the file is changed in place (truncation is SIGBUS, overwriting
 SIGSEGV), so files appear under their final name finished and are never written again. A publisher
 that is killed leaves the old pointer or the new one, each to a whole version.
+
+Whoever reads a version holds a shared lock on its manifest; :meth:`IndexStore.collect` takes the exclusive
+one before it removes a version, so no version disappears under a reader that is still opening its files.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import uuid
+import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +39,7 @@ from retrieval_kd.errors import ArtifactError, RkdError
 
 CURRENT = "CURRENT"
 VERSIONS = "versions"
+KEPT_VERSIONS = 3
 _UNFINISHED = ".tmp-"
 _POINTER = re.compile(r"(\d{10}-[0-9a-f]{8}) ([0-9a-f]{64})\n")
 _READ_ONLY = 0o444
@@ -71,12 +77,12 @@ class IndexStore:
         folder = self._path / VERSIONS
         return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
-    def publish(self, content: IndexContent, write: Callable[[Path], None]) -> Path:
+    def publish(self, fingerprint: str, write: Callable[[Path], IndexContent]) -> Path:
         """Make a version current, writing it only if no sound version holds the same.
 
         Args:
-            content: What the version holds.
-            write: Writes the version's files into the empty folder it is given.
+            fingerprint: Identity of what the version holds.
+            write: Writes the version's files into the empty folder it is given and returns what they are.
 
         Returns:
             The version's folder.
@@ -88,25 +94,106 @@ class IndexStore:
         try:
             (self._path / VERSIONS).mkdir(parents=True, exist_ok=True)
             with locked(self._path):
-                version = self._find(content) or self._add(content, write)
+                version = self._find(fingerprint) or self._add(write)
                 self._point_at(version)
         except OSError as error:
-            raise ArtifactError(
-                f"{self._path}: cannot write the index ({error.strerror or error}); what was published is unchanged"
-            ) from error
+            raise self._unwritable(error) from error
         return version
 
-    def _find(self, content: IndexContent) -> Path | None:
+    def publish_existing(self, name: str) -> Path:
+        """Make a version that the store already has the current one, after checking every byte of it.
+
+        Args:
+            name: The version's name, such as ``0000000002-1a2b3c4d``.
+
+        Returns:
+            The version's folder.
+
+        Raises:
+            ArtifactError: no such version, a damaged one, another process is publishing, or the pointer
+                cannot be written; the version that was current stays so.
+        """
+        version = self._named(name)
+        try:
+            with locked(self._path):
+                check_files(version, IndexManifest.load(version))
+                self._point_at(version)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return version
+
+    def rollback(self) -> Path:
+        """Make the newest version older than the current one current, after checking every byte of it.
+
+        Raises:
+            ArtifactError: there is no older version, it is damaged, another process is publishing, or the
+                pointer cannot be written; the version that was current stays so.
+        """
+        current = self.current()
+        older = [version for version in self.versions() if version.name < current.name]
+        if not older:
+            raise ArtifactError(f"{self._path}: {current.name} is the oldest version kept; build the index again")
+        return self.publish_existing(older[-1].name)
+
+    def collect(self, keep: int = KEPT_VERSIONS) -> list[str]:
+        """Remove versions that are neither current, nor among the newest, nor open in any process.
+
+        Args:
+            keep: How many of the newest versions stay.
+
+        Returns:
+            The names of the versions removed, oldest first.
+
+        Raises:
+            ArtifactError: ``keep`` is below 1, another process is publishing, or a version cannot be removed.
+        """
+        if keep < 1:
+            raise ArtifactError(
+                f"{self._path}: keep {keep} versions; at least the current one stays, so give 1 or more"
+            )
+        current = self.current()
+        try:
+            with locked(self._path):
+                old = [version for version in self.versions()[:-keep] if version != current]
+                return [version.name for version in old if self._remove(version)]
+        except OSError as error:
+            raise ArtifactError(f"{self._path}: cannot remove a version ({error.strerror or error})") from error
+
+    def _named(self, name: str) -> Path:
+        if not (version := self._path / VERSIONS / name).is_dir() or version not in self.versions():
+            names = ", ".join(version.name for version in self.versions()) or "none"
+            raise ArtifactError(f"{self._path}: no version {name!r}; it has {names}")
+        return version
+
+    def _remove(self, version: Path) -> bool:
+        """Remove a version unless somebody reads it."""
+        with (version / MANIFEST).open("rb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            # Under a hidden name it is no version any more, wherever the removal is stopped.
+            doomed = version.with_name(f"{_UNFINISHED}{version.name}")
+            version.rename(doomed)
+            shutil.rmtree(doomed)
+        return True
+
+    def _unwritable(self, error: OSError) -> ArtifactError:
+        return ArtifactError(
+            f"{self._path}: cannot write the index ({error.strerror or error}); what was published is unchanged"
+        )
+
+    def _find(self, fingerprint: str) -> Path | None:
         for version in reversed(self.versions()):
             try:
-                same = IndexManifest.load(version).content.fingerprint == content.fingerprint
+                same = IndexManifest.load(version).content.fingerprint == fingerprint
             except RkdError:
                 continue
             if same and is_sound(version):
                 return version
         return None
 
-    def _add(self, content: IndexContent, write: Callable[[Path], None]) -> Path:
+    def _add(self, write: Callable[[Path], IndexContent]) -> Path:
         folder = self._path / VERSIONS
         # The lock is ours, so whatever is unfinished belongs to a publisher that was killed.
         for leftover in folder.glob(f"{_UNFINISHED}*"):
@@ -114,7 +201,7 @@ class IndexStore:
         unfinished = folder / f"{_UNFINISHED}{uuid.uuid4().hex}"
         unfinished.mkdir()
         try:
-            write(unfinished)
+            content = write(unfinished)
             number = 1 + max((int(version.name.split("-")[0]) for version in self.versions()), default=0)
             version = folder / f"{number:010d}-{self._seal(unfinished, content, number)[:8]}"
             unfinished.rename(version)
@@ -156,3 +243,39 @@ class IndexStore:
         if not pointer.is_file() or pointer.read_bytes() != line.encode():
             with atomic_write(pointer) as file:
                 file.write(line)
+
+
+class Lease:
+    """A shared lock on a version, held until it is released or forgotten."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Take over a locked file; use :func:`hold`."""
+        self._close = weakref.finalize(self, os.close, descriptor)
+
+    def release(self) -> None:
+        """Let the version be collected; once is enough, and twice is no error."""
+        self._close()
+
+
+def hold(version: Path) -> Lease:
+    """Keep a version from being collected while the lease that is returned lives.
+
+    Raises:
+        ArtifactError: the version has no manifest, or is just being removed.
+    """
+    manifest = version / MANIFEST
+    try:
+        descriptor = os.open(manifest, os.O_RDONLY)
+    except OSError:
+        raise ArtifactError(f"{version}: no {MANIFEST}, so this is no index version; build the index") from None
+    lease = Lease(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # The collector may have renamed the folder between the opening of the file and its locking.
+        still_there = manifest.stat().st_ino == os.fstat(descriptor).st_ino
+    except OSError:
+        still_there = False
+    if not still_there:
+        lease.release()
+        raise ArtifactError(f"{version}: is just being removed; open the current version instead")
+    return lease

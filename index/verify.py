@@ -12,7 +12,7 @@ from index.store import IndexStore
 
 
 def verify(store: Path) -> list[str]:
-    """Check every version of a store and open the current one.
+    """Check every version of a store, open the current one and run its self-test.
 
     Returns:
         The names of the versions, oldest first.
@@ -20,7 +20,8 @@ def verify(store: Path) -> list[str]:
     Raises:
         ArtifactError: nothing is published, or a file is missing, torn or changed; names the file.
     """
-    Searcher.open(store)
+    with Searcher.open(store) as searcher:
+        searcher.self_test()
     versions = IndexStore(store).versions()
     for version in versions:
         check_files(version, IndexManifest.load(version))
@@ -41,6 +42,7 @@ def inspect(store: Path) -> dict[str, Any]:
         "parent": manifest.parent,
         "versions": [version.name for version in IndexStore(store).versions()],
         "created_at": manifest.created_at,
+        "requested": asdict(content.requested),
         "index": asdict(content.index),
         "metric": content.metric,
         "count": content.count,
@@ -48,8 +50,11 @@ def inspect(store: Path) -> dict[str, Any]:
         "bytes": manifest.bytes,
         "bytes_per_doc": manifest.bytes / content.count,
         "document_encoder": content.document_encoder.to_json(),
+        "query_encoder": content.query_encoder,
         "query_space": content.document_encoder.space_fingerprint,
         "corpus_fingerprint": content.corpus_fingerprint,
+        "fields": dict(content.fields),
+        "tuning": dict(content.tuning),
         "producers": dict(manifest.producers),
         "files": [asdict(entry) for entry in manifest.files],
     }

@@ -1,4 +1,4 @@
-"""``rkd index``: build, verify and inspect index versions."""
+"""``rkd index``: the life of index versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from retrieval_kd.cli.common import AsJson, emit
 
-app = typer.Typer(help="Build, verify and inspect index versions.", no_args_is_help=True)
+app = typer.Typer(help="Build, check, publish and collect index versions.", no_args_is_help=True)
 Store = Annotated[Path, typer.Argument(help="The index store's folder.")]
 
 
@@ -21,7 +21,9 @@ def build(
     query_encoder: Annotated[
         Path | None, typer.Option(help="The exported encoder queries will use; the same one by default.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="flat or hnsw.")] = "flat",
+    kind: Annotated[
+        str, typer.Option(help="How it is searched: exact, fastscan, ivf, ivf-pq, ivf-rabitq, hnsw, hnsw-sq8.")
+    ] = "exact",
     vectors: Annotated[
         Path | None, typer.Option(help="Where the encoded corpus is kept; STORE/vectors by default.")
     ] = None,
@@ -49,7 +51,7 @@ def build(
 
 @app.command()
 def verify(store: Store, as_json: AsJson = False) -> None:
-    """Compare every file of every version with its sha256 and open the current one."""
+    """Compare every file of every version with its sha256 and run the current one's self-test."""
     from index.verify import verify as verify_store
 
     emit({"store": str(store), "whole_versions": verify_store(store)}, as_json)
@@ -61,3 +63,35 @@ def inspect(store: Store, as_json: AsJson = False) -> None:
     from index.verify import inspect as inspect_store
 
     emit(inspect_store(store), as_json)
+
+
+@app.command()
+def publish(
+    store: Store,
+    version: Annotated[str, typer.Argument(help="A version of the store, such as 0000000002-1a2b3c4d.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make a version that the store already has the current one."""
+    from index.store import IndexStore
+
+    emit({"store": str(store), "version": IndexStore(store).publish_existing(version).name}, as_json)
+
+
+@app.command()
+def rollback(store: Store, as_json: AsJson = False) -> None:
+    """Make the next older version the current one."""
+    from index.store import IndexStore
+
+    emit({"store": str(store), "version": IndexStore(store).rollback().name}, as_json)
+
+
+@app.command()
+def gc(
+    store: Store,
+    keep: Annotated[int, typer.Option(min=1, help="How many of the newest versions stay.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Remove old versions that nobody has open; the current one stays."""
+    from index.store import IndexStore
+
+    emit({"store": str(store), "removed": IndexStore(store).collect(keep)}, as_json)

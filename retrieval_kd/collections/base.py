@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from retrieval_kd.errors import DataError
 
@@ -22,11 +22,13 @@ class Document:
         doc_id: The id, never empty, unique in its collection.
         title: The title, often empty.
         text: The body, sometimes empty.
+        metadata: Whatever else the collection has about it, JSON values by name.
     """
 
     doc_id: str
     title: str
     text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def content(self) -> str:

@@ -27,6 +27,7 @@ from retrieval_kd.errors import DataError
 CORPUS = "corpus.jsonl"
 QUERIES = "queries.jsonl"
 QRELS = "qrels"
+_OWN_KEYS = ("_id", "title", "text")
 _HEADER = ["query-id", "corpus-id", "score"]
 
 
@@ -123,7 +124,8 @@ def write_beir(collection: Collection, folder: Path) -> None:
     """Write any collection in BEIR layout; the judgements come last."""
     with atomic_write(folder / CORPUS) as file:
         for document in collection.documents():
-            file.write(_line({"_id": document.doc_id, "title": document.title, "text": document.text}))
+            own = {"_id": document.doc_id, "title": document.title, "text": document.text}
+            file.write(_line({**document.metadata, **own}))
     with atomic_write(folder / QUERIES) as file:
         for query_id, text in collection.queries().items():
             file.write(_line({"_id": query_id, "text": text}))
@@ -134,7 +136,7 @@ def write_beir(collection: Collection, folder: Path) -> None:
                 file.writelines(f"{query_id}\t{doc_id}\t{grade}\n" for doc_id, grade in grades.items())
 
 
-def _line(record: Mapping[str, str]) -> str:
+def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
@@ -142,7 +144,16 @@ def _document(text: str, where: str) -> Document:
     row = _record(text, where)
     doc_id = checked_id(_string(row, "_id", where), where, "document")
     title = _string(row, "title", where) if row.get("title") is not None else ""
-    return Document(doc_id, title, _string(row, "text", where))
+    return Document(doc_id, title, _string(row, "text", where), _metadata(row, where))
+
+
+def _metadata(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the keys that are not the layout's own; those of its ``metadata`` object stand beside them."""
+    extra = {key: value for key, value in row.items() if key not in (*_OWN_KEYS, "metadata")}
+    nested = row.get("metadata") or {}
+    if not isinstance(nested, dict):
+        raise DataError(f"{where}: 'metadata' is {nested!r}, not an object; give it keys and values")
+    return {**nested, **extra}
 
 
 def _record(text: str, where: str) -> dict[str, Any]:

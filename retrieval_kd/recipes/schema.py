@@ -435,27 +435,43 @@ class ExportSpec:
         _require(0 <= self.max_ndcg_change < 1, f"export.max_ndcg_change: {self.max_ndcg_change} is not in [0, 1)")
 
 
+IndexKind = Literal["exact", "fastscan", "ivf", "ivf-pq", "ivf-rabitq", "hnsw", "hnsw-sq8", "gpu-exact", "gpu-ivf-pq"]
+
+
 @dataclass(frozen=True)
 class IndexSpec:
-    """How the corpus is searched.
+    """How the corpus is searched; a number that is 0 is chosen by the size of the corpus.
 
     Attributes:
-        kind: ``flat`` compares with every document; ``hnsw`` walks a graph.
-        neighbours: Links of each node of the graph (HNSW's M).
+        kind: ``exact`` compares with every document; the others propose documents that are then scored
+            exactly: ``fastscan`` by codes, ``ivf*`` by lists, ``hnsw*`` by a graph, ``gpu-*`` on a GPU.
+        storage: How vectors are kept: ``float32``, ``float16``, or ``sq8``, one byte a number.
+        dimension: Leading numbers of each vector that are kept, one of the encoder's Matryoshka sizes; 0 keeps all.
+        neighbours: Links of each node of a graph (HNSW's M).
         ef_construction: Candidates looked at while a node is linked.
-        ef_search: Candidates looked at while searching.
+        ef_search: Candidates looked at while a graph is searched.
+        lists: Lists of ``ivf*``.
+        probes: Lists opened while searching.
+        oversample: Candidates scored for each document wanted, by ``fastscan`` and ``ivf*``.
     """
 
-    kind: Literal["flat", "hnsw"] = "flat"
+    kind: IndexKind = "exact"
+    storage: Literal["float32", "float16", "sq8"] = "float32"
+    dimension: int = 0
     neighbours: int = 32
     ef_construction: int = 200
     ef_search: int = 128
+    lists: int = 0
+    probes: int = 0
+    oversample: int = 10
 
     def __post_init__(self) -> None:
-        """Refuse graphs that cannot be built."""
+        """Refuse indexes that cannot be built."""
         _require(2 <= self.neighbours <= 512, f"index.neighbours: {self.neighbours} is not in 2..512")
-        for name in ("ef_construction", "ef_search"):
+        for name in ("ef_construction", "ef_search", "oversample"):
             _require(getattr(self, name) >= 1, f"index.{name}: {getattr(self, name)} must be at least 1")
+        for name in ("dimension", "lists", "probes"):
+            _require(getattr(self, name) >= 0, f"index.{name}: {getattr(self, name)} must not be negative")
 
 
 @dataclass(frozen=True)

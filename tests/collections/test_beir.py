@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from retrieval_kd.collections.base import Document, split_queries, training_queries
 from retrieval_kd.collections.beir import BeirCollection
+from retrieval_kd.collections.beir import write_beir as copy_beir
 from retrieval_kd.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data/beir"
@@ -186,3 +187,18 @@ def test_published_collections_read_whole(name: str) -> None:
     assert len(queries) == {"scifact": 300, "nfcorpus": 323, "cranfield": 225}[name] or len(queries) > 150
     some = next(iter(collection.qrels("test").values()))
     assert all(collection.contents(some).values())
+
+
+def test_what_else_a_line_has_is_the_documents_metadata(tmp_path: Path) -> None:
+    """Without it a filter on the year of a document would have nothing to compare; a rewritten folder would lose it."""
+    folder = write_beir(tmp_path / "a")
+    append(
+        folder / "corpus.jsonl", '{"_id": "m", "text": "t", "year": 2020, "metadata": {"url": "u", "tags": ["a"]}}\n'
+    )
+    document = list(BeirCollection(folder).documents())[-1]
+    assert document.metadata == {"year": 2020, "url": "u", "tags": ["a"]}
+    copy_beir(BeirCollection(folder), tmp_path / "b")
+    assert list(BeirCollection(tmp_path / "b").documents())[-1] == document
+    append(folder / "corpus.jsonl", '{"_id": "n", "text": "t", "metadata": 3}\n')
+    with pytest.raises(DataError, match=r"corpus.jsonl:\d+: 'metadata' is 3, not an object"):
+        list(BeirCollection(folder).documents())

@@ -11,6 +11,22 @@ import numpy as np
 from retrieval_kd.artifacts import fingerprint
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.recipes.schema import IndexSpec
+
+KINDS = {
+    "exact": IndexSpec("exact"),
+    "exact-float16": IndexSpec("exact", storage="float16"),
+    "exact-sq8": IndexSpec("exact", storage="sq8"),
+    "fastscan": IndexSpec("fastscan", oversample=20),
+    "fastscan-float16": IndexSpec("fastscan", storage="float16", oversample=20),
+    "ivf": IndexSpec("ivf", lists=16, probes=12),
+    "ivf-pq": IndexSpec("ivf-pq", lists=16, probes=12, oversample=20),
+    "ivf-rabitq": IndexSpec("ivf-rabitq", lists=16, probes=12, oversample=60),
+    "hnsw": IndexSpec("hnsw", neighbours=16, ef_construction=40, ef_search=64),
+    "hnsw-sq8-storage": IndexSpec("hnsw", storage="sq8", neighbours=16, ef_construction=40, ef_search=64),
+    "hnsw-sq8": IndexSpec("hnsw-sq8", neighbours=16, ef_construction=40, ef_search=64),
+}
+"""Every kind that needs no GPU, over every storage that it reads in a way of its own."""
 
 
 def card(dimension: int, weights: str = "w") -> EncoderCard:
@@ -22,8 +38,9 @@ def query_card(document: EncoderCard) -> EncoderCard:
 
 
 def corpus(vectors: np.ndarray, ids: Sequence[str] | None = None) -> EncodedCorpus:
-    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
     names = list(ids) if ids is not None else [f"d{i:05d}" for i in range(len(vectors))]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    names, vectors = [names[i] for i in order], np.ascontiguousarray(vectors[order], dtype=np.float32)
     identity = fingerprint([names, vectors.tobytes().hex()])
     return EncodedCorpus(names, vectors, card(vectors.shape[1]), identity, fingerprint(names))
 

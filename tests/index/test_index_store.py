@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from index.verify import inspect, verify
 from retrieval_kd.errors import ArtifactError, DataError, EncoderMismatch
 from retrieval_kd.recipes.schema import IndexSpec
 
-FLAT, HNSW = IndexSpec("flat"), IndexSpec("hnsw", neighbours=4, ef_construction=10, ef_search=10)
+EXACT, HNSW = IndexSpec("exact"), IndexSpec("hnsw", neighbours=4, ef_construction=10, ef_search=10)
 TESTS = Path(__file__).resolve().parents[1]
 OLD, NEW = corpus(clustered(1, 30, 8)), corpus(clustered(2, 40, 8))
 QUERY = clustered(3, 1, 8)
@@ -44,40 +44,46 @@ def test_layout_and_manifest(tmp_path: Path) -> None:
     version = build_index(OLD, HNSW, tmp_path / "store", query_card(OLD.card))
     assert version == IndexStore(tmp_path / "store").current()
     assert version.parent == tmp_path / "store" / "versions"
-    assert {path.name for path in version.iterdir()} == {"manifest.json", "ann.faiss", "vectors.npy", "ids.txt"}
+    assert {path.name for path in version.iterdir()} == {
+        "manifest.json",
+        "ann.faiss",
+        "vectors.npy",
+        "ids.arrow",
+        "probes.npz",
+    }
     assert {path.stat().st_mode & 0o777 for path in version.iterdir()} == {0o444}
     name, sha256 = (tmp_path / "store" / CURRENT).read_text().split()
     assert name == version.name == f"0000000001-{sha256[:8]}"
     raw = json.loads((version / "manifest.json").read_text())
-    assert raw["format_version"] == 1
+    assert raw["format_version"] == 2
     assert raw["content"]["query_space"] == OLD.card.space_fingerprint
-    assert raw["content"]["index"] == {"kind": "hnsw", "neighbours": 4, "ef_construction": 10, "ef_search": 10}
+    assert raw["content"]["index"] == asdict(HNSW)
     assert {"faiss-cpu", "numpy", "retrieval-kd"} <= set(raw["producers"])
 
 
 def test_building_the_same_twice_does_nothing(tmp_path: Path) -> None:
     """A nightly job with unchanged inputs must neither fill the disk nor restart the servers."""
-    first = build_index(OLD, FLAT, tmp_path)
+    first = build_index(OLD, EXACT, tmp_path)
     pointer = (tmp_path / CURRENT).stat()
-    assert build_index(OLD, FLAT, tmp_path) == first
+    assert build_index(OLD, EXACT, tmp_path) == first
     assert (tmp_path / CURRENT).stat().st_mtime_ns == pointer.st_mtime_ns
     assert IndexStore(tmp_path).versions() == [first]
 
 
 def test_going_back_to_an_older_build_reuses_it(tmp_path: Path) -> None:
     """Asking for what version 1 holds makes version 1 current again."""
-    first = build_index(OLD, FLAT, tmp_path)
-    second = build_index(NEW, FLAT, tmp_path)
+    first = build_index(OLD, EXACT, tmp_path)
+    second = build_index(NEW, EXACT, tmp_path)
     assert inspect(tmp_path)["parent"] == first.name
-    assert build_index(OLD, FLAT, tmp_path) == first == IndexStore(tmp_path).current()
+    assert build_index(OLD, EXACT, tmp_path) == first == IndexStore(tmp_path).current()
     assert IndexStore(tmp_path).versions() == [first, second]
 
 
 def test_pointer_is_replaced_and_never_rewritten(tmp_path: Path) -> None:
     """A reader between truncation and write would see no index; one that has the old pointer open must keep it."""
-    first = build_index(OLD, FLAT, tmp_path)
+    first = build_index(OLD, EXACT, tmp_path)
     with (tmp_path / CURRENT).open() as pointer:
-        build_index(NEW, FLAT, tmp_path)
+        build_index(NEW, EXACT, tmp_path)
         assert pointer.read().startswith(first.name)
 
 
@@ -85,7 +91,7 @@ def test_same_inputs_same_bytes(tmp_path: Path) -> None:
     """A graph that differs from build to build cannot be compared, cached or trusted."""
     big = corpus(clustered(1, 3000, 8))
     left, right = (build_index(big, HNSW, tmp_path / name) for name in ("a", "b"))
-    for name in ("ann.faiss", "vectors.npy", "ids.txt"):
+    for name in ("ann.faiss", "vectors.npy", "ids.arrow"):
         assert (left / name).read_bytes() == (right / name).read_bytes()
 
 
@@ -100,7 +106,7 @@ def test_mapped_version_works_on_after_the_next_publish(tmp_path: Path) -> None:
     assert searcher.count == 30
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "ann.faiss", "vectors.npy", "ids.txt"])
+@pytest.mark.parametrize("name", ["manifest.json", "ann.faiss", "vectors.npy", "ids.arrow", "probes.npz"])
 @pytest.mark.parametrize("damage", ["flip first", "flip middle", "flip last", "truncate", "grow", "remove"])
 @pytest.mark.parametrize("through", ["store", "version"])
 def test_damage_of_any_file_is_found_and_named(tmp_path: Path, name: str, damage: str, through: str) -> None:
@@ -124,18 +130,18 @@ def test_damage_of_any_file_is_found_and_named(tmp_path: Path, name: str, damage
 
 def test_damaged_version_is_built_again_beside_it(tmp_path: Path) -> None:
     """Finding the damaged version by its fingerprint and doing nothing would make damage permanent."""
-    version = build_index(OLD, FLAT, tmp_path)
-    (version / "ids.txt").chmod(0o644)
-    (version / "ids.txt").write_bytes(b"x" + (version / "ids.txt").read_bytes()[1:])
-    again = build_index(OLD, FLAT, tmp_path)
+    version = build_index(OLD, EXACT, tmp_path)
+    (version / "ids.arrow").chmod(0o644)
+    (version / "ids.arrow").write_bytes(b"x" + (version / "ids.arrow").read_bytes()[1:])
+    again = build_index(OLD, EXACT, tmp_path)
     assert again.name.startswith("0000000002-")
     assert Searcher.open(tmp_path).count == 30
 
 
 def test_damaged_old_version_is_reported(tmp_path: Path) -> None:
     """The version one would go back to must be known good before it is needed."""
-    first = build_index(OLD, FLAT, tmp_path)
-    build_index(NEW, FLAT, tmp_path)
+    first = build_index(OLD, EXACT, tmp_path)
+    build_index(NEW, EXACT, tmp_path)
     assert len(verify(tmp_path)) == 2
     (first / "vectors.npy").unlink()
     with pytest.raises(ArtifactError, match=f"{first.name}/vectors.npy: missing"):
@@ -145,17 +151,17 @@ def test_damaged_old_version_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pointer", ["", "0000000001-00000000", "../../etc x\n", "\xff"])
 def test_torn_pointer_is_refused_and_mended_by_publishing(tmp_path: Path, pointer: str) -> None:
     """A pointer that is followed without being understood leads anywhere."""
-    version = build_index(OLD, FLAT, tmp_path)
+    version = build_index(OLD, EXACT, tmp_path)
     (tmp_path / CURRENT).write_text(pointer, encoding="latin-1")
     with pytest.raises(ArtifactError, match="CURRENT: not a version and a sha256"):
         Searcher.open(tmp_path)
-    assert build_index(OLD, FLAT, tmp_path) == version
+    assert build_index(OLD, EXACT, tmp_path) == version
     assert Searcher.open(tmp_path).version == version.name
 
 
 def test_pointer_to_another_manifest_is_refused(tmp_path: Path) -> None:
     """The pointer binds the manifest in full, the folder's name only its first eight digits."""
-    version = build_index(OLD, FLAT, tmp_path)
+    version = build_index(OLD, EXACT, tmp_path)
     (tmp_path / CURRENT).write_text(f"{version.name} {'0' * 64}\n")
     with pytest.raises(ArtifactError, match="bytes differ from the sha256 in CURRENT"):
         Searcher.open(tmp_path)
@@ -170,25 +176,25 @@ def test_nothing_published_says_so(tmp_path: Path) -> None:
 def test_wrong_encoder_and_unusable_vectors_are_refused(tmp_path: Path) -> None:
     """Found while building, not by the first user."""
     with pytest.raises(EncoderMismatch, match="cannot search documents"):
-        build_index(OLD, FLAT, tmp_path, query_card=card(8, weights="other"))
+        build_index(OLD, EXACT, tmp_path, query_card=card(8, weights="other"))
     spoiled = OLD.vectors.copy()
     spoiled[17, 3] = np.nan
     with pytest.raises(DataError, match="document 'd00017': its vector is not finite"):
-        build_index(corpus(spoiled), FLAT, tmp_path)
+        build_index(corpus(spoiled), EXACT, tmp_path)
     with pytest.raises(DataError, match="no documents to index"):
-        build_index(corpus(np.empty((0, 8))), FLAT, tmp_path)
+        build_index(corpus(np.empty((0, 8))), EXACT, tmp_path)
     with pytest.raises(DataError, match="compares by cosine but does not normalise"):
-        build_index(replace(OLD, card=replace(OLD.card, similarity="cosine")), FLAT, tmp_path)
+        build_index(replace(OLD, card=replace(OLD.card, similarity="cosine")), EXACT, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_publishers_do_not_meet(tmp_path: Path) -> None:
     """Two publishers would give two versions one number and race for the pointer."""
-    build_index(OLD, FLAT, tmp_path)
+    build_index(OLD, EXACT, tmp_path)
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ArtifactError, match="another process is building it"):
-            build_index(NEW, FLAT, tmp_path)
+            build_index(NEW, EXACT, tmp_path)
     assert Searcher.open(tmp_path).count == 30
 
 
@@ -269,7 +275,7 @@ def test_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     """A path through a file, or a read-only folder, is one line and no trace."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot write the index"):
-        build_index(OLD, FLAT, tmp_path / "file" / "store")
+        build_index(OLD, EXACT, tmp_path / "file" / "store")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
@@ -277,12 +283,12 @@ def test_read_only_store_says_so(tmp_path: Path) -> None:
     """Wrong permissions are the most common deployment mistake."""
     tmp_path.chmod(0o555)
     with pytest.raises(ArtifactError, match="cannot write the index"):
-        build_index(OLD, FLAT, tmp_path / "store")
+        build_index(OLD, EXACT, tmp_path / "store")
 
 
 def test_inspect_is_json_and_names_the_encoder(tmp_path: Path) -> None:
     """The command line prints it as it is."""
-    build_index(OLD, FLAT, tmp_path)
+    build_index(OLD, EXACT, tmp_path)
     seen = json.loads(json.dumps(inspect(tmp_path)))
     assert seen["count"] == 30
     assert seen["document_encoder"]["fingerprint"] == OLD.card.fingerprint

@@ -66,7 +66,7 @@ def test_the_saved_recipe_is_the_recipe(name: str, tmp_path: Path) -> None:
         ("seed", "write KEY.PATH=VALUE"),
         ("teacher.normalise=none", "cannot average two teachers on different scales"),
         ("teacher={model: x, fine_tune: {epochs: 1}}", "give either model or fine_tune, not both"),
-        ("index.kind=ivf", "index.kind: 'ivf'"),
+        ("index.kind=lsh", "index.kind: 'lsh'"),
     ],
 )
 def test_wrong_keys_and_values_name_the_key(override: str, message: str) -> None:

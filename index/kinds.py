@@ -1,0 +1,245 @@
+"""The index kinds: what each builds, and how it proposes documents for a query.
+
+A kind only proposes; the searcher scores what it proposes. ``exact`` scans the stored vectors and needs no file
+of its own; every other kind writes ``ann.faiss``.
+
+* ``fastscan``: product-quantizer codes of 4 bits for every 4 numbers, all scanned in registers (Andre, Kermarrec
+  and Le Scouarnec, arXiv 1704.07355).
+* ``ivf``, ``ivf-pq``, ``ivf-rabitq``: lists around centroids; in a list the vectors themselves, the codes of
+  ``fastscan``, or one bit a number (RaBitQ, Gao and Long, arXiv 2405.12497).
+* ``hnsw``, ``hnsw-sq8``: a graph (Malkov and Yashunin, arXiv 1603.09320) walked over the stored vectors or over
+  8-bit codes of its own; built by one thread, because a graph built by several differs from run to run (faiss#2548).
+* ``gpu-exact``, ``gpu-ivf-pq``: the stored vectors or lists of codes in the memory of a GPU, where faiss has one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from index.ann import faiss, selector
+from index.filters import Mask
+from index.threads import faiss_threads
+from index.vectors import Rows, StoredVectors
+from retrieval_kd.artifacts import atomic_write
+from retrieval_kd.encoders.base import Vectors
+from retrieval_kd.errors import ArtifactError, DataError
+from retrieval_kd.progress import progress
+from retrieval_kd.recipes.schema import IndexSpec
+from retrieval_kd.runs import Scores
+
+ANN = "ann.faiss"
+
+_GPU = ("gpu-exact", "gpu-ivf-pq")
+_IVF = ("ivf", "ivf-pq", "ivf-rabitq", "gpu-ivf-pq")
+_HNSW = ("hnsw", "hnsw-sq8")
+_SCANS = ("exact", "gpu-exact")
+_TRAINED_ON = 65536
+_CENTROIDS = 16
+_POINTS_PER_LIST = 39
+# faiss sums the distances of twenty queries or more by BLAS, in an order that depends on how many they are.
+_QUERIES_AT_ONCE = 16
+_SPARE = 1.2
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard an index looks; each kind reads what concerns it.
+
+    Attributes:
+        ef_search: Nodes a graph keeps in view.
+        probes: Lists that are opened.
+        oversample: Candidates scored for each document wanted (for ten, if fewer are wanted).
+    """
+
+    ef_search: int
+    probes: int
+    oversample: int
+
+    def __post_init__(self) -> None:
+        """Refuse an effort that finds nothing."""
+        for name in ("ef_search", "probes", "oversample"):
+            if getattr(self, name) < 1:
+                raise DataError(f"search effort: {name} {getattr(self, name)} must be at least 1")
+
+    @classmethod
+    def of(cls, spec: IndexSpec) -> Effort:
+        """Return the effort a resolved spec asks for."""
+        return cls(spec.ef_search, max(1, spec.probes), spec.oversample)
+
+    def width(self, spec: IndexSpec, k: int) -> int:
+        """Return how many candidates a kind proposes for ``k`` documents."""
+        return max(k, self.ef_search) if spec.kind in _HNSW else self.oversample * max(k, 10)
+
+
+def resolved(spec: IndexSpec, count: int) -> IndexSpec:
+    """Return the spec with every number that depends on the corpus filled in.
+
+    Raises:
+        DataError: too few documents for the kind, or it needs a GPU that is not there.
+    """
+    from dataclasses import replace
+
+    if spec.kind in _GPU:
+        _require_gpu(spec.kind)
+    if spec.kind not in ("exact", "gpu-exact", *_HNSW) and count < _CENTROIDS:
+        raise DataError(f"index kind {spec.kind} needs {_CENTROIDS} documents, there are {count}; use exact")
+    if spec.kind not in _IVF:
+        return spec
+    lists = spec.lists or max(1, min(round(4 * math.sqrt(count)), count // _POINTS_PER_LIST))
+    if lists > count:
+        raise DataError(f"index.lists: {lists} lists for {count} documents; give fewer")
+    return replace(spec, lists=lists, probes=min(lists, spec.probes or max(1, round(lists / 16))))
+
+
+def write_ann(folder: Path, vectors: StoredVectors, spec: IndexSpec) -> None:
+    """Build what the kind needs beside the stored vectors and write it to ``ann.faiss``."""
+    if spec.kind in _SCANS:
+        return
+    index = _empty(spec, vectors.dimension)
+    if not index.is_trained:
+        index.train(_sample(vectors, max(_TRAINED_ON, _POINTS_PER_LIST * spec.lists)))
+    threads = 1 if spec.kind in _HNSW else faiss.omp_get_max_threads()
+    with faiss_threads(threads), progress(f"build {spec.kind}", vectors.count, "documents") as advance:
+        for block in vectors.blocks():
+            index.add(block)
+            advance(len(block))
+    flags = faiss.IO_FLAG_SKIP_STORAGE if spec.kind == "hnsw" else 0
+    # faiss's own file writer loses an error of the last flush; a callback raises it.
+    with atomic_write(folder / ANN, "wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write), flags)
+
+
+class Proposer:
+    """What proposes documents for queries; any number of threads may use it at once."""
+
+    def __init__(self, index: Any, vectors: StoredVectors, spec: IndexSpec) -> None:
+        """Hold an opened index; use :meth:`open`."""
+        self._index = index
+        self._vectors = vectors
+        self._spec = spec
+
+    @classmethod
+    def open(cls, folder: Path, vectors: StoredVectors, spec: IndexSpec) -> Proposer | None:
+        """Map ``ann.faiss``; ``exact`` has none.
+
+        Raises:
+            ArtifactError: faiss cannot read the file, or it is of another size than the vectors.
+            DataError: the kind needs a GPU that is not there.
+        """
+        if spec.kind == "exact":
+            return None
+        if spec.kind in _GPU:
+            _require_gpu(spec.kind)
+            index = vectors.scan if spec.kind == "gpu-exact" else _mapped(folder / ANN, 0)
+            return cls(faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), vectors, spec)
+        if spec.kind == "hnsw":
+            index = _mapped(folder / ANN, faiss.IO_FLAG_SKIP_STORAGE)
+            index.storage, index.own_fields = vectors.scan, False
+        else:
+            index = _mapped(folder / ANN, 0)
+        if (index.ntotal, index.d) != (vectors.count, vectors.dimension):
+            raise ArtifactError(f"{folder / ANN}: of another size than the vectors; build the index again")
+        return cls(index, vectors, spec)
+
+    @property
+    def scores_are_dots(self) -> bool:
+        """Return whether the scores are float32 dot products with the stored vectors, not those of codes."""
+        return self._spec.kind in ("hnsw", "gpu-exact") or (
+            self._spec.kind == "ivf" and self._vectors.storage == "float32"
+        )
+
+    @property
+    def filters(self) -> bool:
+        """Return whether :meth:`propose` takes a mask; other kinds propose more, and what is masked is dropped."""
+        return self._spec.kind in ("ivf", "ivf-pq", "ivf-rabitq", *_HNSW)
+
+    def propose(self, queries: Vectors, k: int, effort: Effort, mask: Mask | None) -> tuple[Scores, Rows]:
+        """Return scores and rows ``[n, width]`` of the documents most likely to be among the best ``k``.
+
+        Args:
+            queries: float32 ``[n, d]``.
+            k: Documents wanted, at most as many as the mask selects.
+            effort: How hard to look; enlarged by the share of documents that the mask leaves out.
+            mask: bool ``[count]``, the documents that may be proposed; all when None. At least one.
+
+        Returns:
+            Rows below 0 stand for nothing found.
+        """
+        share = 1.0 if mask is None else float(mask.mean())
+        width = effort.width(self._spec, k)
+        if mask is not None and not self.filters:
+            width = math.ceil(_SPARE * width / share)
+        width = min(width, self._vectors.count)
+        parameters = self._parameters(effort, width, share, mask)
+        scores = np.empty((len(queries), width), dtype=np.float32)
+        rows = np.empty((len(queries), width), dtype=np.int64)
+        for start in range(0, len(queries), _QUERIES_AT_ONCE):
+            part = slice(start, start + _QUERIES_AT_ONCE)
+            scores[part], rows[part] = self._index.search(queries[part], width, params=parameters)
+        if mask is not None and not self.filters:
+            rows[~mask[rows]] = -1
+        return scores, rows
+
+    def _parameters(self, effort: Effort, width: int, share: float, mask: Mask | None) -> Any:
+        chosen = selector(mask) if mask is not None and self.filters else None
+        if self._spec.kind in _HNSW:
+            nodes = min(self._vectors.count, math.ceil(max(width, effort.ef_search) / share))
+            return faiss.SearchParametersHNSW(efSearch=nodes, sel=chosen)
+        if self._spec.kind in _IVF:
+            probes = min(self._spec.lists, math.ceil(effort.probes / share))
+            return faiss.SearchParametersIVF(nprobe=probes, sel=chosen)
+        return None
+
+
+def _empty(spec: IndexSpec, dimension: int) -> Any:
+    if spec.kind == "hnsw":
+        graph = faiss.IndexHNSWFlat(dimension, spec.neighbours, faiss.METRIC_INNER_PRODUCT)
+    elif spec.kind == "hnsw-sq8":
+        quantizer = faiss.ScalarQuantizer.QT_8bit
+        graph = faiss.IndexHNSWSQ(dimension, quantizer, spec.neighbours, faiss.METRIC_INNER_PRODUCT)
+    else:
+        codes = f"PQ{_sub_vectors(dimension, 4)}x4fs"
+        description = {
+            "fastscan": codes,
+            "ivf": f"IVF{spec.lists},Flat",
+            "ivf-pq": f"IVF{spec.lists},{codes}",
+            "ivf-rabitq": f"IVF{spec.lists},RaBitQ",
+            "gpu-ivf-pq": f"IVF{spec.lists},PQ{_sub_vectors(dimension, 8)}",
+        }[spec.kind]
+        index = faiss.index_factory(dimension, description, faiss.METRIC_INNER_PRODUCT)
+        # faiss warns on standard error about few training points, which a small corpus cannot help.
+        for clustering in (getattr(index, "cp", None), getattr(getattr(index, "pq", None), "cp", None)):
+            if clustering is not None:
+                clustering.min_points_per_centroid = 1
+        return index
+    graph.hnsw.efConstruction = spec.ef_construction
+    return graph
+
+
+def _sub_vectors(dimension: int, wanted: int) -> int:
+    """Return into how many equal parts of at most ``wanted`` numbers a vector can be cut, as few as possible."""
+    return next(parts for parts in range(-(-dimension // wanted), dimension + 1) if dimension % parts == 0)
+
+
+def _sample(vectors: StoredVectors, wanted: int) -> Vectors:
+    """Return evenly spaced rows; their order is that of the ids."""
+    return vectors.rows(np.linspace(0, vectors.count - 1, min(vectors.count, wanted)).astype(np.int64))
+
+
+def _mapped(path: Path, flags: int) -> Any:
+    """Open a file of faiss without reading it; faiss calls this flag temporary, so it stands here alone."""
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC | flags)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{path}: not an index faiss can read ({reason}); build the index again") from None
+
+
+def _require_gpu(kind: str) -> None:
+    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
+        raise DataError(f"index kind {kind} needs faiss-gpu and a GPU, and there is none here; use another kind")

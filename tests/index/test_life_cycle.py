@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import multiprocessing
+from dataclasses import replace
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import numpy as np
+import pytest
+from index_helpers import KINDS, clustered, corpus
+
+from index.build import build_index
+from index.manifest import IndexManifest
+from index.probes import Probes
+from index.search import Searcher
+from index.store import IndexStore, hold
+from retrieval_kd.errors import ArtifactError
+from retrieval_kd.recipes.schema import IndexSpec
+
+CORPORA = [corpus(clustered(seed, 30 + seed, 8)) for seed in range(5)]
+
+
+def store_of(folder: Path, count: int) -> tuple[IndexStore, list[Path]]:
+    return IndexStore(folder), [build_index(CORPORA[i], IndexSpec(), folder) for i in range(count)]
+
+
+def test_rollback_goes_one_version_back_and_publish_to_any(tmp_path: Path) -> None:
+    """The night a bad index goes live is no time to build the old one again."""
+    store, (first, second, third) = store_of(tmp_path, 3)
+    assert store.rollback() == second == store.current()
+    assert store.rollback() == first == store.current()
+    with pytest.raises(ArtifactError, match=f"{first.name} is the oldest version kept"):
+        store.rollback()
+    assert store.publish_existing(third.name) == third == store.current()
+    with Searcher.open(tmp_path) as searcher:
+        assert searcher.version == third.name
+
+
+@pytest.mark.parametrize("name", ["0000000009-00000000", "", "..", "../..", ".tmp-x"])
+def test_unknown_version_is_refused(tmp_path: Path, name: str) -> None:
+    """A name that is followed without being looked up leads out of the store."""
+    store, (only,) = store_of(tmp_path, 1)
+    (tmp_path / "versions" / ".tmp-x").mkdir()
+    with pytest.raises(ArtifactError, match=f"no version '{name}'; it has {only.name}"):
+        store.publish_existing(name)
+
+
+def test_damaged_version_is_not_published(tmp_path: Path) -> None:
+    """Going back to a version whose disk has rotted makes a bad night worse."""
+    store, (first, second) = store_of(tmp_path, 2)
+    (first / "vectors.npy").chmod(0o644)
+    content = bytearray((first / "vectors.npy").read_bytes())
+    content[-1] ^= 1
+    (first / "vectors.npy").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"vectors\.npy: bytes differ"):
+        store.rollback()
+    assert store.current() == second
+
+
+def test_collect_keeps_the_newest_and_the_current_one(tmp_path: Path) -> None:
+    """Without it the disk fills; with a careless one the version that is served goes."""
+    store, versions = store_of(tmp_path, 5)
+    store.publish_existing(versions[0].name)
+    assert store.collect() == [versions[1].name]
+    assert store.versions() == [versions[0], *versions[2:]]
+    assert store.collect(keep=1) == [versions[2].name, versions[3].name]
+    assert store.versions() == [versions[0], versions[4]]
+    assert store.current() == versions[0]
+    with pytest.raises(ArtifactError, match="give 1 or more"):
+        store.collect(keep=0)
+
+
+def test_an_open_version_is_not_collected_until_it_is_closed(tmp_path: Path) -> None:
+    """A reader that is still opening files would find half of them gone."""
+    store, (first, second) = store_of(tmp_path, 2)
+    searcher = Searcher.open(first)
+    again = Searcher.open(first)
+    assert store.collect(keep=1) == []
+    searcher.close()
+    searcher.close()
+    assert store.collect(keep=1) == []
+    again.close()
+    assert store.collect(keep=1) == [first.name]
+    assert store.versions() == [second]
+
+
+def _hold_and_wait(version: Path, held: Event, done: Event) -> None:
+    with Searcher.open(version):
+        held.set()
+        done.wait(60)
+
+
+def test_a_version_open_in_another_process_is_not_collected(tmp_path: Path) -> None:
+    """The collector runs in a job of its own, never in the server."""
+    store, (first, _) = store_of(tmp_path, 2)
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+    reader = context.Process(target=_hold_and_wait, args=(first, held, done))
+    reader.start()
+    try:
+        assert held.wait(60)
+        assert store.collect(keep=1) == []
+        reader.kill()
+        reader.join()
+        assert store.collect(keep=1) == [first.name]
+    finally:
+        reader.kill()
+        reader.join()
+
+
+def test_a_version_that_is_being_removed_cannot_be_opened(tmp_path: Path) -> None:
+    """Between finding a version and locking it, the collector may have taken it."""
+    _, (first, _) = store_of(tmp_path, 2)
+    first.rename(first.with_name(".tmp-gone"))
+    with pytest.raises(ArtifactError, match=r"no manifest\.json, so this is no index version"):
+        hold(first)
+
+
+def test_removal_stopped_half_way_leaves_no_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a version under its own name would be found damaged for ever after."""
+
+    def stopped(folder: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    store, (_, second) = store_of(tmp_path, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr("index.store.shutil.rmtree", stopped)
+        with pytest.raises(ArtifactError, match="cannot remove a version"):
+            store.collect(keep=1)
+    assert store.versions() == [second]
+    build_index(CORPORA[2], IndexSpec(), tmp_path)
+    assert not list((tmp_path / "versions").glob(".*"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_self_test_finds_what_the_builder_found(name: str, tmp_path: Path) -> None:
+    """A version no library here reads as its builder did must not go live."""
+    build_index(corpus(clustered(1, 700, 16)), KINDS[name], tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        searcher.self_test()
+
+
+def test_self_test_is_of_the_queries_that_were_given(tmp_path: Path) -> None:
+    """Documents find themselves even where queries, which lie elsewhere, find nothing."""
+    queries = corpus(clustered(9, 200, 8))
+    version = build_index(CORPORA[0], IndexSpec(), tmp_path, queries=queries)
+    probes = Probes.load(version)
+    assert probes.queries.shape == (64, 8)
+    assert {row.tobytes() for row in probes.queries} <= {row.tobytes() for row in queries.vectors}
+    assert IndexManifest.load(version).content.queries_fingerprint == queries.fingerprint
+    assert build_index(CORPORA[0], IndexSpec(), tmp_path) != version
+
+
+@pytest.mark.parametrize("damage", ["other scores", "other documents"])
+def test_self_test_fails_when_answers_differ(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A self-test that passes whatever comes back is none."""
+    build_index(CORPORA[0], IndexSpec(), tmp_path)
+    whole = Probes.load
+
+    def changed(folder: Path) -> Probes:
+        probes = whole(folder)
+        return (
+            replace(probes, scores=probes.scores * np.float32(1.01))
+            if damage == "other scores"
+            else replace(probes, rows=(probes.rows + 7) % 30)
+        )
+
+    monkeypatch.setattr(Probes, "load", changed)
+    with Searcher.open(tmp_path) as searcher, pytest.raises(ArtifactError, match="self-test failed"):
+        searcher.self_test()
+
+
+def test_sizes_alone_are_checked_on_request(tmp_path: Path) -> None:
+    """Reading every byte of a large index at every start of a worker would take minutes; a shrunk file kills."""
+    _, (version,) = store_of(tmp_path, 1)
+    path = version / "vectors.npy"
+    path.chmod(0o644)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\x7f")
+    Searcher.open(version, check="sizes").close()
+    path.write_bytes(content[:-1])
+    with pytest.raises(ArtifactError, match=r"vectors\.npy"):
+        Searcher.open(version, check="sizes")
