@@ -235,6 +235,28 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True)
+class VocabularySpec:
+    """Which tokens the student knows.
+
+    Attributes:
+        keep: ``all`` of the encoder's; ``corpus`` keeps those of the collection's documents and training
+            queries, special tokens, and single characters, of which every other text is made.
+        limit: Keep at most this many of the collection's tokens, the most frequent; all when 0.
+    """
+
+    keep: Literal["all", "corpus"] = "all"
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse limits on nothing."""
+        _require(self.limit >= 0, f"student.vocabulary.limit: {self.limit} must not be negative")
+        _require(
+            self.limit == 0 or self.keep == "corpus",
+            "student.vocabulary.limit: only a collection tells which tokens are frequent; set keep: corpus",
+        )
+
+
+@dataclass(frozen=True)
 class StudentSpec:
     """The small encoder that is trained.
 
@@ -249,6 +271,8 @@ class StudentSpec:
         dropout: Dropout while training.
         matryoshka: Widths below the full one at which the leading numbers of a vector are a vector too,
             decreasing; the losses are to be trained at each (arXiv 2205.13147).
+        vocabulary: Which tokens the student knows; fewer tokens are fewer weights, and no other vectors for
+            texts of kept tokens.
     """
 
     mode: Literal["asymmetric", "symmetric"] = "asymmetric"
@@ -258,6 +282,7 @@ class StudentSpec:
     projection: bool = False
     dropout: float = 0.0
     matryoshka: tuple[int, ...] = ()
+    vocabulary: VocabularySpec = VocabularySpec()
 
     def __post_init__(self) -> None:
         """Refuse layers and widths that name no student."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -281,10 +282,27 @@ class Workspace:
         return score_with_vectors(vectors.vectors[rows], self.documents_for(encoder), lists)
 
     def untrained_student(self) -> TorchEncoder:
-        """Build the student before any training, the layer-cut start; anew for each caller, for training changes it."""
+        """Open the student before any training, the cut start; anew for each caller, for training changes it."""
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
         from retrieval_kd.students.build import build_student
 
-        return build_student(self.start, self.recipe.student, self.start.card)
+        student = self.recipe.student
+        card = self.start.card
+        # A start that does not depend on the collection is shared between collections.
+        seen = self.collection.fingerprint if student.vocabulary.keep == "corpus" else ""
+        inputs = {"encoder": card.fingerprint, "name": card.name, "collection": seen}
+        spec = Spec("cut", dataclasses.asdict(student), inputs)
+        folder = self.folder(spec, f"cut the student out of {card.name}")
+
+        def work(target: Path) -> Mapping[str, Any]:
+            documents = (document.content for document in self.collection.documents())
+            texts = itertools.chain(documents, self.training_queries.values())
+            made = build_student(self.start, student, card, texts)
+            made.save(target)
+            return {"parameters": made.card.parameters}
+
+        build(folder, spec, work)
+        return TorchEncoder.open(folder)
 
     @cached_property
     def dev_set(self) -> DevSet:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,11 +16,14 @@ from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.static import ARCHITECTURE, StaticBody, without_special_tokens
 from retrieval_kd.encoders.torch_encoder import TorchEncoder, empty_linear, width_of
 from retrieval_kd.errors import RecipeError
-from retrieval_kd.recipes.schema import StudentSpec
+from retrieval_kd.recipes.schema import StudentSpec, VocabularySpec
 from retrieval_kd.students.static import token_table
+from retrieval_kd.students.vocabulary import Ids, kept_tokens, prune, token_counts
 
 
-def build_student(start: TorchEncoder, spec: StudentSpec, target: EncoderCard) -> TorchEncoder:
+def build_student(
+    start: TorchEncoder, spec: StudentSpec, target: EncoderCard, texts: Iterable[str] = ()
+) -> TorchEncoder:
     """Make a smaller encoder out of an encoder's layers, or of what it says of each token.
 
     A projection starts as the identity, or as a random orthonormal map where widths differ, so that the
@@ -26,14 +31,16 @@ def build_student(start: TorchEncoder, spec: StudentSpec, target: EncoderCard) -
 
     Args:
         start: The encoder the student is made from; they share nothing.
-        spec: Mode, kind, layers, pooling, projection, dropout and Matryoshka sizes.
+        spec: Mode, kind, layers, pooling, projection, dropout, Matryoshka sizes and vocabulary.
         target: The encoder whose width, and in asymmetric mode whose space, the student learns.
+        texts: Whose tokens ``spec.vocabulary`` keeps; read only if it does.
 
     Returns:
         The student: a query encoder in the target's space, or a symmetric encoder of its own.
 
     Raises:
-        RecipeError: a layer that ``start`` does not have, or a Matryoshka size not below the target's width.
+        RecipeError: a layer that ``start`` does not have, a Matryoshka size not below the target's width, or a
+            vocabulary that cannot be cut.
     """
     if spec.matryoshka and spec.matryoshka[0] >= target.dimension:
         raise RecipeError(
@@ -51,9 +58,18 @@ def build_student(start: TorchEncoder, spec: StudentSpec, target: EncoderCard) -
     )
     if spec.mode == "asymmetric":
         card = card.in_space_of(target, "query")
+    if spec.vocabulary.keep == "corpus":
+        start = prune(start, _kept(start, spec.vocabulary, texts))
     student = _static(start, card) if spec.kind == "static" else _transformer(start, spec, card)
     student.refresh_card()
     return student
+
+
+def _kept(start: TorchEncoder, spec: VocabularySpec, texts: Iterable[str]) -> Ids:
+    tokenizer = start.tokenizer_files[TOKENIZER]
+    # Every text begins with one of the prefixes.
+    prefixes = (start.card.query_prefix, start.card.document_prefix)
+    return kept_tokens(tokenizer, token_counts(tokenizer, itertools.chain(prefixes, texts)), spec)
 
 
 def _transformer(start: TorchEncoder, spec: StudentSpec, card: EncoderCard) -> TorchEncoder:

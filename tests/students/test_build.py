@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,12 +109,14 @@ def test_projection_between_widths_is_orthonormal_and_always_the_same(dimension:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_is_the_recipes(family: str) -> None:
-    """The start's own dropout would make a distillation noisy that asks for none."""
+def test_dropout_is_the_recipes(family: str, tmp_path: Path) -> None:
+    """The start's own dropout would make a distillation noisy that asks for none; and disk must keep the recipe's."""
     start = tiny_family(family)
     ids = torch.tensor([[2, 5, 6, 7, 3]])
     for rate, same in ((0.0, True), (0.5, False)):
-        student = build_student(start, StudentSpec(layers=(0, 1), dropout=rate), start.card).train()
+        student = build_student(start, StudentSpec(layers=(0, 1), dropout=rate), start.card)
+        student.save(tmp_path / str(rate))
+        student = TorchEncoder.open(tmp_path / str(rate)).train()
         with torch.random.fork_rng():
             first, second = (student(ids, torch.ones_like(ids)) for _ in range(2))
         assert torch.equal(first, second) is same
