@@ -149,7 +149,8 @@ class Opener:
 
     def _rerank(self, spec: SystemSpec, collection: Collection, first_name: str, first: Run) -> System:
         from retrieval_kd.scores.store import ScoreStore
-        from retrieval_kd.teachers.cross_encoder import CrossEncoder, score_candidates
+        from retrieval_kd.teachers.cross_encoder import CrossEncoder
+        from retrieval_kd.teachers.scoring import score_candidates
 
         depth = spec.integer("depth", _RERANK_DEPTH)
         key = (spec.target, spec.integer("max_length", _RERANK_LENGTH))

@@ -22,7 +22,7 @@ from retrieval_kd.runs import Ranking, Run, Scores, rank, read_trec
 if TYPE_CHECKING:
     from index.search import Searcher
     from retrieval_kd.mining.bm25 import BM25Index
-    from retrieval_kd.teachers.cross_encoder import CrossEncoder
+    from retrieval_kd.teachers.scoring import PairScorer
     from serve.client import RetrievalClient
 
 _BLOCK = 64
@@ -164,17 +164,17 @@ class IndexSystem:
 
 
 class RerankSystem:
-    """A cross-encoder that reorders the top of another system's rankings."""
+    """A teacher that reorders the top of another system's rankings."""
 
     role = "reranker"
 
-    def __init__(self, name: str, first: System, teacher: CrossEncoder, collection: Collection, depth: int) -> None:
+    def __init__(self, name: str, first: System, teacher: PairScorer, collection: Collection, depth: int) -> None:
         """Say what is reranked.
 
         Args:
             name: What tables print.
             first: The first stage.
-            teacher: The cross-encoder.
+            teacher: Reads query and document together.
             collection: Where texts are looked up.
             depth: Ranks of the first stage that are scored; what lies below keeps its order below them.
         """
@@ -218,12 +218,12 @@ class ScoredRerank:
     Attributes:
         name: What tables print.
         scored: The reranked rankings.
-        timed: The reranker itself, for its cost.
+        timed: The reranker itself, for its cost; None where no one model does it.
     """
 
     name: str
     scored: Run
-    timed: RerankSystem
+    timed: RerankSystem | None
     role: str = "reranker"
 
     def run(self, queries: Mapping[str, str], depth: int) -> Run:
@@ -232,7 +232,7 @@ class ScoredRerank:
 
     def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
         """Time real scoring."""
-        return self.timed.facts(queries, depth)
+        return self.timed.facts(queries, depth) if self.timed else Facts()
 
 
 @dataclass(frozen=True)

@@ -37,21 +37,21 @@ def test_every_recipe_trains_and_its_loss_falls(tiny: Path, name: str, mode: str
 def test_only_pairs_without_a_score_are_scored(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it a recipe with one more negative would pay for every pair again, hours on a real collection."""
     workspace = Workspace(load_recipe("margin_mse", overrides(tiny, "asymmetric")), tiny / "artifacts")
-    teacher, candidates = workspace.last.teacher, workspace.last.candidates
-    before = teacher.cross_encoder_scores(candidates)
+    teacher, candidates = workspace.last.teacher.members[0], workspace.last.candidates
+    before = teacher.scores(candidates, {})
     documents = [document.doc_id for document in workspace.collection.documents()]
     scored: list[int] = []
     score = CrossEncoder.score
     monkeypatch.setattr(
         CrossEncoder, "score", lambda self, pairs, *rest: scored.append(len(pairs)) or score(self, pairs)
     )
-    assert all(map(np.array_equal, teacher.cross_encoder_scores(candidates), before))
+    assert all(map(np.array_equal, teacher.scores(candidates, {}), before))
     assert scored == []
     longer = [
         Shortlist(item.query_id, (*item.doc_ids, next(doc for doc in documents if doc not in item.doc_ids)))
         for item in candidates
     ]
-    after = teacher.cross_encoder_scores(longer)
+    after = teacher.scores(longer, {})
     assert sum(scored) == len(longer)
     assert all(np.array_equal(new[:-1], old) and np.isfinite(new).all() for new, old in zip(after, before, strict=True))
 

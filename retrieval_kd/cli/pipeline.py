@@ -214,29 +214,30 @@ def _store(workspace: Workspace, encoder: OnnxEncoder | None = None) -> Path:
 
 
 def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> Iterator[System]:
-    """Yield the teacher over BM25's top documents: the cross-encoder alone, then the ensemble if there is one."""
+    """Yield the teacher over BM25's top documents: each member that reads texts alone, then their ensemble."""
     depth = workspace.recipe.evaluation.rerank_depth
     tops = {query_id: ranking.top(depth) for query_id, ranking in first.items() if len(ranking)}
     lists = [Shortlist(query_id, top.doc_ids) for query_id, top in tops.items()]
     teacher = workspace.last.teacher
-    scores = teacher.cross_encoder_scores(lists)
-    timed = RerankSystem(
-        "timed",
-        RunSystem("BM25", first),
-        teacher.cross_encoder,
-        workspace.collection,
-        depth,
-    )
+    timed = [
+        RerankSystem("timed", RunSystem("BM25", first), member.reranker, workspace.collection, depth)
+        for member in teacher.members
+        if member.reranker
+    ]
 
-    def system(name: str, values: list[Any]) -> System:
+    def system(name: str, values: list[Any], timed: RerankSystem | None) -> System:
         rankings: dict[str, Ranking] = {
             query_id: reranked(first[query_id], list_scores) for query_id, list_scores in zip(tops, values, strict=True)
         }
         return ScoredRerank(f"{name} over BM25 top-{depth}", rankings, timed)
 
-    yield system("cross-encoder", scores)
-    if teacher.spec.encoder_weight > 0 and teacher.spec.cross_encoder_weight > 0:
-        yield system("teacher ensemble", teacher.scores(lists, queries))
+    readers = [
+        (title, member) for title, member in zip(teacher.titles, teacher.members, strict=True) if member.reranker
+    ]
+    for (title, member), its_time in zip(readers, timed, strict=True):
+        yield system(title, member.scores(lists, queries), its_time)
+    if len(teacher.members) > 1 and all(member.scores_new_lists for member in teacher.members):
+        yield system("teacher ensemble", teacher.scores(lists, queries), timed[0] if len(timed) == 1 else None)
 
 
 def _notes(
@@ -261,13 +262,19 @@ def _notes(
 
 
 def _models(workspace: Workspace) -> dict[str, str]:
-    """Return the hashes of the models a recipe names, which may change under the same name."""
+    """Return the hashes of the models and scores a recipe names, which may change under the same name."""
+    from retrieval_kd.scores.files import read_scores
+
     recipe = workspace.recipe
+    files: dict[str, str] = {}
     names = {"encoder": recipe.encoder.model}
     for stage in recipe.training:
-        start = stage.teacher.fine_tune.start if stage.teacher.fine_tune else ""
-        names |= {f"teacher of {stage.name}": stage.teacher.model, f"teacher start of {stage.name}": start}
-    return {role: _folder_hash(resolve_model(name)) for role, name in names.items() if name}
+        for i, member in enumerate(stage.teacher.ensemble):
+            where = f"{member.kind} {i} of {stage.name}"
+            names |= {where: member.model, f"start of {where}": member.fine_tune.start if member.fine_tune else ""}
+            if member.path:
+                files[where] = read_scores(Path(member.path)).fingerprint
+    return files | {role: _folder_hash(resolve_model(name)) for role, name in names.items() if name}
 
 
 def _folder_hash(folder: Path) -> str:

@@ -23,9 +23,13 @@ def mine(
 def teach(
     recipe: RecipeName, overrides: Overrides = None, artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False
 ) -> None:
-    """Fine-tune each stage's cross-encoder teacher, or find the one it names."""
-    workspace = open_workspace(recipe, overrides, artifacts)
-    _emit_stages(workspace, lambda stage: {"teacher": str(stage.teacher.folder)}, as_json)
+    """Make the members of each stage's teacher, or find those it names."""
+
+    def made(stage: TrainingStage) -> Mapping[str, Any]:
+        teacher = stage.teacher
+        return {title: str(member.folder) for title, member in zip(teacher.titles, teacher.members, strict=True)}
+
+    _emit_stages(open_workspace(recipe, overrides, artifacts), made, as_json)
 
 
 def score(
@@ -35,9 +39,10 @@ def score(
     from retrieval_kd.scores.inspect import inspect
 
     def inspected(stage: TrainingStage) -> Mapping[str, Any]:
-        return inspect(stage.teacher.cross_encoder_scores(stage.candidates)).to_json()
+        return inspect(stage.teacher.scores(stage.candidates, workspace.training_queries)).to_json()
 
-    _emit_stages(open_workspace(recipe, overrides, artifacts), inspected, as_json)
+    workspace = open_workspace(recipe, overrides, artifacts)
+    _emit_stages(workspace, inspected, as_json)
 
 
 def train(

@@ -22,6 +22,13 @@ def _require(condition: bool, message: str) -> None:
         raise RecipeError(message)
 
 
+def _require_schedule(where: str, epochs: int, batch_queries: int, learning_rate: float, warmup: float) -> None:
+    _require(epochs >= 1, f"{where}.epochs: {epochs} must be at least 1")
+    _require(batch_queries >= 1, f"{where}.batch_queries: {batch_queries} must be at least 1")
+    _require(0 < learning_rate < 1, f"{where}.learning_rate: {learning_rate} is not in (0, 1)")
+    _require(0 <= warmup < 1, f"{where}.warmup: {warmup} is not in [0, 1)")
+
+
 @dataclass(frozen=True)
 class CollectionSpec:
     """Which collection, and what joins its corpus.
@@ -166,10 +173,13 @@ class CandidatesSpec:
 
 @dataclass(frozen=True)
 class FineTuneSpec:
-    """How ``rkd teach`` makes a cross-encoder from an encoder: listwise softmax over one positive and negatives.
+    """How ``rkd teach`` makes a ranker from an encoder.
+
+    A cross-encoder learns a listwise softmax over one positive and its negatives, a pairwise ranker which of the
+    two documents of each (positive, negative) pair is the positive, in both orders.
 
     Attributes:
-        start: The encoder whose body the cross-encoder starts from.
+        start: The encoder whose body the ranker starts from.
         queries: Train on at most this many queries; all when 0.
         negatives: Mined negatives beside each positive.
         epochs: Passes over the queries.
@@ -190,36 +200,173 @@ class FineTuneSpec:
         """Refuse schedules that cannot run."""
         _require(self.queries >= 0, f"teacher.fine_tune.queries: {self.queries} must not be negative")
         _require(self.negatives >= 1, f"teacher.fine_tune.negatives: {self.negatives} must be at least 1")
-        _require(self.epochs >= 1, f"teacher.fine_tune.epochs: {self.epochs} must be at least 1")
-        _require(self.batch_queries >= 1, f"teacher.fine_tune.batch_queries: {self.batch_queries} must be at least 1")
-        _require(0 < self.learning_rate < 1, f"teacher.fine_tune.learning_rate: {self.learning_rate} is not in (0, 1)")
-        _require(0 <= self.warmup < 1, f"teacher.fine_tune.warmup: {self.warmup} is not in [0, 1)")
+        _require_schedule("teacher.fine_tune", self.epochs, self.batch_queries, self.learning_rate, self.warmup)
+
+
+@dataclass(frozen=True)
+class CompressionStage:
+    """One stage of making a cross-encoder smaller.
+
+    Attributes:
+        target: What the smaller model learns of the larger one: ``hidden``, the states of every token after the
+            embeddings and after each layer that was kept, or ``logits``, the score itself.
+        epochs: Passes over the lists.
+        batch_queries: Lists in one step.
+        learning_rate: Peak rate of AdamW, linear warm-up and decay.
+        warmup: Share of the steps that warms up.
+    """
+
+    target: Literal["hidden", "logits"]
+    epochs: int = 1
+    batch_queries: int = 16
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse schedules that cannot run."""
+        _require_schedule("teacher.compress.stages", self.epochs, self.batch_queries, self.learning_rate, self.warmup)
+
+
+@dataclass(frozen=True)
+class CompressSpec:
+    """How ``rkd teach`` makes a cross-encoder smaller: some of its layers, taught by all of them.
+
+    Attributes:
+        layers: Layers of the larger cross-encoder that the smaller one keeps, 0-based, increasing.
+        queries: Train on at most this many queries; all when 0.
+        negatives: Mined negatives beside each positive.
+        stages: What is learned, in this order; the representation first, as in "Understanding BERT Rankers Under
+            Distillation" (arXiv 2007.11088).
+    """
+
+    layers: tuple[int, ...] = (0, 2, 5)
+    queries: int = 0
+    negatives: int = 7
+    stages: tuple[CompressionStage, ...] = (CompressionStage("hidden"), CompressionStage("logits"))
+
+    def __post_init__(self) -> None:
+        """Refuse a smaller model without layers or without lessons."""
+        _require(
+            len(self.layers) > 0 and list(self.layers) == sorted(set(self.layers)) and self.layers[0] >= 0,
+            f"teacher.compress.layers: {list(self.layers)} must be increasing layer numbers, the first layer being 0",
+        )
+        _require(self.queries >= 0, f"teacher.compress.queries: {self.queries} must not be negative")
+        _require(self.negatives >= 1, f"teacher.compress.negatives: {self.negatives} must be at least 1")
+        _require(len(self.stages) > 0, "teacher.compress.stages: empty; name hidden, logits or both")
+
+
+@dataclass(frozen=True)
+class MemberSpec:
+    """One ranker of a teacher.
+
+    Attributes:
+        kind: ``cross_encoder`` reads query and document together; ``pairwise`` reads a query and two documents;
+            ``late_interaction`` compares token vectors (MaxSim); ``bi_encoder`` compares one vector a text; ``run``
+            is a TREC run; ``scores`` is a score store's folder or a Parquet or TSV file of scores.
+        model: A local folder or hub id. Empty: a cross-encoder is made by ``fine_tune``, a bi-encoder is the
+            recipe's encoder.
+        path: The file or folder of ``run`` and ``scores``.
+        weight: Its share of the mean; only the ratio of the members' weights matters.
+        max_length: Longest input in tokens: a pair, a triple, or one text for the encoders.
+        template: The prompt of a model that needs one, with ``{query}`` and ``{document}``; of a pairwise model with
+            ``{query}``, ``{first}`` and ``{second}``. Empty: the tokenizer's own pair.
+        activation: From stored logit to score: ``identity``; ``sigmoid``; ``logit_difference`` for a classifier of
+            two labels, the second label's logit minus the first's (its sigmoid is the second label's probability).
+        aggregation: From preferences to the scores of a list; see :mod:`retrieval_kd.teachers.preferences`.
+        comparisons: Pairs of documents compared in each list, drawn at random; all when 0.
+        query_prefix: Text put before every query.
+        document_prefix: Text put before every document.
+        fine_tune: How to make the model when none is named.
+        compress: Make the cross-encoder smaller, and let the smaller one be the member.
+    """
+
+    kind: Literal["cross_encoder", "pairwise", "late_interaction", "bi_encoder", "run", "scores"]
+    model: str = ""
+    path: str = ""
+    weight: float = 1.0
+    max_length: int = 192
+    template: str = ""
+    activation: Literal["identity", "sigmoid", "logit_difference"] = "identity"
+    aggregation: Literal["mean", "bradley_terry", "copeland"] = "mean"
+    comparisons: int = 0
+    query_prefix: str = ""
+    document_prefix: str = ""
+    fine_tune: FineTuneSpec | None = None
+    compress: CompressSpec | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse members that cannot score, and keys that their kind would ignore."""
+        where = f"teacher.members ({self.kind})"
+        read = _MEMBER_KEYS[self.kind]
+        for key in fields(self):
+            if key.name not in ("kind", "weight", *read):
+                _require(
+                    getattr(self, key.name) == key.default, f"{where}: {key.name} is not read; it takes {sorted(read)}"
+                )
+        if "fine_tune" in read and not self.model and self.fine_tune is None:
+            object.__setattr__(self, "fine_tune", FineTuneSpec())
+        _require(not (self.model and self.fine_tune), f"{where}: give either model or fine_tune, not both")
+        _require(self.kind != "late_interaction" or bool(self.model), f"{where}: name its model")
+        _require("path" not in read or bool(self.path), f"{where}: name the path of its scores")
+        _require(
+            self.kind != "scores" or self.activation != "logit_difference",
+            f"{where}: activation logit_difference needs two logits, a file has one score; use identity or sigmoid",
+        )
+        _require(self.weight > 0, f"{where}: weight {self.weight} must be above 0")
+        _require(8 <= self.max_length <= 8192, f"{where}: max_length {self.max_length} is not in 8..8192")
+        _require(self.comparisons >= 0, f"{where}: comparisons {self.comparisons} must not be negative")
+        names = ("query", "first", "second") if self.kind == "pairwise" else ("query", "document")
+        _require(
+            not self.template or all(self.template.count(f"{{{name}}}") == 1 for name in names),
+            f"{where}: template must hold each of {', '.join(f'{{{name}}}' for name in names)} once",
+        )
+
+
+_MEMBER_KEYS: Mapping[str, frozenset[str]] = {
+    "cross_encoder": frozenset({"model", "max_length", "template", "activation", "fine_tune", "compress"}),
+    "pairwise": frozenset({"model", "max_length", "template", "aggregation", "comparisons", "fine_tune"}),
+    "late_interaction": frozenset({"model", "max_length", "query_prefix", "document_prefix"}),
+    "bi_encoder": frozenset({"model", "max_length", "query_prefix", "document_prefix"}),
+    "run": frozenset({"path"}),
+    "scores": frozenset({"path", "activation"}),
+}
 
 
 @dataclass(frozen=True)
 class TeacherSpec:
-    """The ranker whose scores the student learns.
+    """The ranker whose scores the student learns, or the mean of several.
+
+    The keys but ``normalise`` and ``members`` are the short form of the usual ensemble: a cross-encoder and the
+    recipe's encoder.
 
     Attributes:
         model: Cross-encoder: a local folder or hub id; empty to make one by ``fine_tune``.
         max_length: Longest (query, document) pair in tokens.
         fine_tune: How to make the cross-encoder; its defaults where neither it nor ``model`` is given.
-        normalise: Named normalisation of each member's scores within a query's list before they are
-            averaged; ``none`` keeps raw logits and allows one member only.
+        compress: Make the cross-encoder smaller first.
+        normalise: Named normalisation of each member's scores before they are averaged, see
+            :mod:`retrieval_kd.scores.normalise`; ``none`` keeps raw scores and allows one member only.
         cross_encoder_weight: Weight of the cross-encoder in the average.
         encoder_weight: Weight of the document encoder's own scores; above 0 makes an ensemble of two.
+        members: Any rankers, instead of the short form.
     """
 
     model: str = ""
     max_length: int = 192
     fine_tune: FineTuneSpec | None = None
-    normalise: Literal["none", "zscore", "minmax"] = "zscore"
+    compress: CompressSpec | None = None
+    normalise: Literal["none", "zscore", "minmax", "percentile", "rank"] = "zscore"
     cross_encoder_weight: float = 0.5
     encoder_weight: float = 0.5
+    members: tuple[MemberSpec, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse ensembles without a member or on different scales."""
-        if not self.model and self.fine_tune is None:
+        if self.members:
+            short = [key for key in fields(self) if key.name not in ("normalise", "members")]
+            both = [key.name for key in short if getattr(self, key.name) != key.default]
+            _require(not both, f"teacher: give either members or the short form ({', '.join(both)}), not both")
+        elif not self.model and self.fine_tune is None:
             object.__setattr__(self, "fine_tune", FineTuneSpec())
         _require(not (self.model and self.fine_tune), "teacher: give either model or fine_tune, not both")
         _require(8 <= self.max_length <= 8192, f"teacher.max_length: {self.max_length} is not in 8..8192")
@@ -229,9 +376,30 @@ class TeacherSpec:
             f"teacher: weights {weights} must not be negative, and one must be above 0",
         )
         _require(
-            self.normalise != "none" or min(weights) == 0,
+            self.normalise != "none" or len(self.ensemble) == 1,
             "teacher.normalise: none cannot average two teachers on different scales; use zscore",
         )
+
+    @property
+    def ensemble(self) -> tuple[MemberSpec, ...]:
+        """Return the members, those of the short form written out."""
+        if self.members:
+            return self.members
+        members = []
+        if self.cross_encoder_weight > 0:
+            members.append(
+                MemberSpec(
+                    "cross_encoder",
+                    model=self.model,
+                    weight=self.cross_encoder_weight,
+                    max_length=self.max_length,
+                    fine_tune=self.fine_tune,
+                    compress=self.compress,
+                )
+            )
+        if self.encoder_weight > 0:
+            members.append(MemberSpec("bi_encoder", weight=self.encoder_weight))
+        return tuple(members)
 
 
 @dataclass(frozen=True)

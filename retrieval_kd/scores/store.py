@@ -7,10 +7,8 @@ collection would be worth nothing, and a copy of the texts could disagree with i
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +17,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retrieval_kd.artifacts import Artifact, Spec, atomic_write, build
+from retrieval_kd.artifacts import Artifact, atomic_write
 from retrieval_kd.errors import DataError
-from retrieval_kd.runs import Run, Scores, Shortlist
+from retrieval_kd.runs import Scores, Shortlist
 
 STAGE = "score"
 PAIRS_PER_SHARD = 4096
 Pair = tuple[str, str]
 """A query id and a document id."""
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("doc_id", pa.string(), nullable=False),
@@ -43,15 +41,18 @@ class ScoreSource:
 
     Attributes:
         teacher: The ranker's name.
-        revision: sha256 of what made the scores: a model's weights, or a run's lines.
+        revision: sha256 of the model's weights.
         template: How query and document became the ranker's input; empty when unknown.
         max_length: Longest pair in tokens; 0 when unknown.
+        reading: What of the ranker's output is stored: ``logit``; ``logit_difference``, of two labels the second's
+            minus the first's; ``maxsim``, the sum over the query's tokens of their best similarity.
     """
 
     teacher: str
     revision: str
     template: str = ""
     max_length: int = 0
+    reading: str = "logit"
 
     def config(self) -> dict[str, Any]:
         """Return the manifest's configuration."""
@@ -59,15 +60,46 @@ class ScoreSource:
 
 
 class ScoreStore:
-    """Raw scores by (query, document), in memory at 12 bytes a pair plus the distinct ids."""
+    """Raw scores by (query, document), in memory at 12 bytes a pair plus the distinct ids.
 
-    def __init__(self, artifact: Artifact, query_ids: list[str], doc_ids: list[str], table: _Table) -> None:
-        """Use :meth:`open`."""
-        self.artifact = artifact
-        self._query_code = {query_id: code for code, query_id in enumerate(query_ids)}
-        self._doc_code = {doc_id: code for code, doc_id in enumerate(doc_ids)}
-        self._keys = table.keys
-        self._scores = table.scores
+    Attributes:
+        path: The folder or file they were read from.
+        fingerprint: Identity of the scores.
+    """
+
+    def __init__(self, path: Path, fingerprint: str, table: pa.Table, where: Callable[[int], str]) -> None:
+        """Index a table of :data:`SCHEMA`; :meth:`open` and :func:`retrieval_kd.scores.files.read_scores` make one.
+
+        Args:
+            path: Where it was read from.
+            fingerprint: Identity of the scores.
+            table: The pairs.
+            where: From a row of the table to the place that an error names.
+
+        Raises:
+            DataError: a score is not finite or a pair occurs twice; names query, document and place.
+        """
+        self.path = path
+        self.fingerprint = fingerprint
+        scores = table["score"].to_numpy()
+        bad = np.flatnonzero(~np.isfinite(scores))
+        if len(bad):
+            raise DataError(_not_finite(where(int(bad[0])), table, int(bad[0])))
+        query_codes, self._query_ids = _encode(table["query_id"])
+        doc_codes, self._doc_ids = _encode(table["doc_id"])
+        self._query_code = {query_id: code for code, query_id in enumerate(self._query_ids)}
+        self._doc_code = {doc_id: code for code, doc_id in enumerate(self._doc_ids)}
+        keys = query_codes * max(1, len(self._doc_ids)) + doc_codes
+        order = np.argsort(keys, kind="stable")
+        self._keys = keys[order]
+        self._scores = scores[order]
+        repeated = np.flatnonzero(self._keys[1:] == self._keys[:-1])
+        if len(repeated):
+            row = int(order[repeated[0] + 1])
+            raise DataError(
+                f"{where(row)}: query {self._query_ids[query_codes[row]]!r} and document "
+                f"{self._doc_ids[doc_codes[row]]!r} have a second score; keep one of them"
+            )
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -84,22 +116,23 @@ class ScoreStore:
         artifact = Artifact.load(folder, STAGE)
         artifact.verify()
         paths = [folder / entry.path for entry in artifact.files]
-        shards = [_read_shard(path) for path in paths]
-        rows = pa.concat_tables(shards) if shards else _SCHEMA.empty_table()
-        query_codes, query_ids = _encode(rows["query_id"])
-        doc_codes, doc_ids = _encode(rows["doc_id"])
-        keys = query_codes * max(1, len(doc_ids)) + doc_codes
-        order = np.argsort(keys, kind="stable")
-        table = _Table(keys[order], rows["score"].to_numpy()[order])
-        repeated = np.flatnonzero(table.keys[1:] == table.keys[:-1])
-        if len(repeated):
-            row = int(order[repeated[0] + 1])
-            ends = np.cumsum([len(shard) for shard in shards])
-            raise DataError(
-                f"{paths[int(np.searchsorted(ends, row, side='right'))]}: query {query_ids[query_codes[row]]!r} and "
-                f"document {doc_ids[doc_codes[row]]!r} have a second score; keep one of them"
-            )
-        return cls(artifact, query_ids, doc_ids, table)
+        shards = [read_table(path, SCHEMA) for path in paths]
+        ends = np.cumsum([len(shard) for shard in shards])
+        return cls(
+            folder,
+            artifact.fingerprint,
+            pa.concat_tables(shards) if shards else SCHEMA.empty_table(),
+            lambda row: str(paths[int(np.searchsorted(ends, row, side="right"))]),
+        )
+
+    def lists(self) -> Iterator[tuple[Shortlist, Scores]]:
+        """Yield each query's documents with their raw scores."""
+        queries = self._keys // max(1, len(self._doc_ids))
+        starts = np.flatnonzero(np.diff(queries, prepend=-1))
+        for rows in np.split(np.arange(len(self._keys)), starts[1:]) if len(starts) else ():
+            documents = self._keys[rows] % len(self._doc_ids)
+            query_id = self._query_ids[queries[rows[0]]]
+            yield Shortlist(query_id, tuple(self._doc_ids[code] for code in documents)), self._scores[rows]
 
     def score_lists(self, lists: Sequence[Shortlist]) -> list[Scores]:
         """Return the raw scores of each list, float32 ``[len(doc_ids)]``, aligned with its ``doc_ids``.
@@ -117,7 +150,7 @@ class ScoreStore:
             total = sum(len(candidates.doc_ids) for candidates in lists)
             first = ", ".join(f"query {query_id!r} document {doc_id!r}" for query_id, doc_id in missing[:3])
             raise DataError(
-                f"{self.artifact.path}: {len(missing)} of {total} pairs have no score ({first}"
+                f"{self.path}: {len(missing)} of {total} pairs have no score ({first}"
                 f"{', ...' if len(missing) > 3 else ''}); score these candidates with this teacher"
             )
         return out
@@ -145,17 +178,19 @@ def write_shard(folder: Path, number: int, pairs: Sequence[Pair], scores: Scores
         DataError: a score is not finite; names query, document and file.
     """
     path = shard_path(folder, number)
+    values = np.asarray(scores, dtype=np.float32)
     table = pa.table(
         [
             pa.array([query_id for query_id, _ in pairs], pa.string()),
             pa.array([doc_id for _, doc_id in pairs], pa.string()),
-            pa.array(np.asarray(scores, dtype=np.float32)),
+            pa.array(values),
         ],
-        schema=_SCHEMA,
+        schema=SCHEMA,
     )
-    _require_finite(path, table)
-    with atomic_write(path, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise DataError(_not_finite(str(path), table, int(bad[0])))
+    write_table(path, table)
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -163,77 +198,32 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"scores-{number:05d}.parquet"
 
 
-def store_from_run(run: Run, folder: Path, teacher: str) -> Artifact:
-    """Make a store of a ranked run, so that any system that writes a TREC file is a teacher.
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a Parquet file whole or not at all."""
+    with atomic_write(path, "wb") as file:
+        pq.write_table(table, file, compression="zstd")
 
-    The scores are the run's own, except that ties were broken by :func:`retrieval_kd.runs.rank` with
-    differences of one float32 step.
 
-    Args:
-        run: Query id to ranking, as :func:`retrieval_kd.runs.read_trec` returns it.
-        folder: Where the store lives.
-        teacher: The name of the system that made the run.
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a Parquet file that one of our stages wrote.
 
     Raises:
-        DataError: a score is not finite.
+        DataError: not Parquet, or not of this schema.
     """
-    source = ScoreSource(teacher, _run_revision(run))
-
-    def work(target: Path) -> Mapping[str, Any]:
-        rows = _run_rows(run)
-        number = 0
-        while chunk := list(islice(rows, PAIRS_PER_SHARD)):
-            pairs = [(query_id, doc_id) for query_id, doc_id, _ in chunk]
-            write_shard(target, number, pairs, np.array([score for *_, score in chunk], dtype=np.float32))
-            number += 1
-        return {"pairs": sum(len(ranking) for ranking in run.values()), "queries": len(run)}
-
-    return build(folder, Spec(STAGE, source.config()), work)
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Pairs as one integer each (query code times documents plus document code), increasing, and their scores."""
-
-    keys: npt.NDArray[np.int64]
-    scores: Scores
-
-
-def _run_rows(run: Run) -> Iterator[tuple[str, str, np.float32]]:
-    for query_id, ranking in run.items():
-        for doc_id, score in zip(ranking.doc_ids, ranking.scores, strict=True):
-            yield query_id, doc_id, score
-
-
-def _run_revision(run: Run) -> str:
-    digest = hashlib.sha256()
-    for query_id, doc_id, score in _run_rows(run):
-        digest.update(f"{query_id}\t{doc_id}\t{score:.9g}\n".encode())
-    return digest.hexdigest()
-
-
-def _read_shard(path: Path) -> pa.Table:
     try:
-        # Not read_table: it would read folder names such as "k=v" as further columns.
+        # Not pq.read_table: it would read folder names such as "k=v" as further columns.
         with pq.ParquetFile(path) as file:
             table = file.read()
     except pa.ArrowInvalid as error:
         raise DataError(f"{path}: not a Parquet file ({error}); score the candidates again") from None
-    if table.schema.remove_metadata() != _SCHEMA:
-        raise DataError(f"{path}: columns {table.schema.names}, a score shard has {_SCHEMA.names}; score again")
-    _require_finite(path, table)
+    if table.schema.remove_metadata() != schema:
+        raise DataError(f"{path}: columns {table.schema.names}, a shard here has {schema.names}; score again")
     return table
 
 
-def _require_finite(path: Path, table: pa.Table) -> None:
-    scores = table["score"].to_numpy()
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if len(bad):
-        row = int(bad[0])
-        raise DataError(
-            f"{path}: query {table['query_id'][row].as_py()!r} and document {table['doc_id'][row].as_py()!r} have the "
-            f"score {scores[row]}; mend the teacher that made it"
-        )
+def _not_finite(where: str, table: pa.Table, row: int) -> str:
+    query_id, doc_id, score = (table[name][row].as_py() for name in SCHEMA.names)
+    return f"{where}: query {query_id!r} and document {doc_id!r} have the score {score}; mend the teacher that made it"
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:

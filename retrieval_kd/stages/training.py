@@ -16,7 +16,8 @@ from retrieval_kd.mining.candidates import LISTS, CandidateList, write_candidate
 from retrieval_kd.mining.selection import SelectionReport, in_disagreement
 from retrieval_kd.recipes.schema import StageSpec
 from retrieval_kd.runs import Scores
-from retrieval_kd.stages.teaching import Teaching, identity
+from retrieval_kd.stages.members import identity
+from retrieval_kd.stages.teaching import Teaching
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -13,15 +13,14 @@ import torch
 from tokenizers import Encoding
 from torch import nn
 
-from retrieval_kd.artifacts import Artifact, Spec, build, file_sha256, fingerprint
-from retrieval_kd.collections.base import Collection
+from retrieval_kd.artifacts import file_sha256, fingerprint
 from retrieval_kd.encoders.base import TOKENIZER, load_tokenizer
 from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.encoders.torch_encoder import BATCH_TOKENS, quiet_transformers
-from retrieval_kd.errors import ArtifactError, DataError, RecipeError
-from retrieval_kd.progress import progress
-from retrieval_kd.runs import Scores, Shortlist
-from retrieval_kd.scores.store import PAIRS_PER_SHARD, STAGE, Pair, ScoreSource, shard_path, write_shard
+from retrieval_kd.errors import ArtifactError, RecipeError
+from retrieval_kd.runs import Scores
+from retrieval_kd.scores.normalise import Activation
+from retrieval_kd.scores.store import ScoreSource
 from retrieval_kd.teachers.onnx_classifier import OnnxClassifier
 from retrieval_kd.teachers.pairs import TEMPLATE, PairTokenizer, logits
 
@@ -37,11 +36,12 @@ _log = logging.getLogger(__name__)
 
 
 class CrossEncoder:
-    """A sequence classifier with one label, in float32, giving raw logits.
+    """A sequence classifier with one label or two, in float32, giving raw logits; of two labels, their difference.
 
     No activation is applied, whatever the model's configuration names: whether a sigmoid follows has
     depended on the folder and the library's version (sentence-transformers#1546), and a sigmoid
-    squashes the margins that a student learns from (sentence-transformers#3540).
+    squashes the margins that a student learns from (sentence-transformers#3540). It is a named step of who reads
+    the scores (:func:`retrieval_kd.scores.normalise.activate`).
 
     On a CPU the scores are those of the model's graph under onnxruntime, which is faster than torch and whose
     threads do not spin while they wait. The graph is made when first needed and has to agree with torch on the
@@ -51,11 +51,18 @@ class CrossEncoder:
     """
 
     def __init__(
-        self, name: str, model: nn.Module, tokenizer: PairTokenizer, files: Mapping[str, str], max_length: int
+        self,
+        name: str,
+        model: nn.Module,
+        tokenizer: PairTokenizer,
+        files: Mapping[str, str],
+        max_length: int,
+        template: str,
     ) -> None:
         """Use :meth:`load`."""
         self.name = name
         self.max_length = max_length
+        self._template = template or TEMPLATE
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self._tokenizer = tokenizer
@@ -63,27 +70,38 @@ class CrossEncoder:
         self._scorer: Callable[..., Any] | None = self._model if self._device.type == "cuda" else None
 
     @classmethod
-    def load(cls, model: str, max_length: int) -> CrossEncoder:
+    def load(cls, model: str, max_length: int, template: str = "", activation: Activation = "identity") -> CrossEncoder:
         """Read a cross-encoder.
 
         Args:
             model: A local folder or hub id, see :func:`retrieval_kd.encoders.resolve.resolve_model`.
             max_length: Longest pair in tokens, special tokens included; the longer text is cut first.
+            template: A prompt with ``{query}`` and ``{document}``; the tokenizer's own pair when empty.
+            activation: What will be made of the logits; a classifier of two labels needs ``logit_difference`` or
+                ``sigmoid``.
 
         Raises:
-            RecipeError: there is no such model, or it has fewer positions than ``max_length``.
-            ArtifactError: not a sequence classifier with one label, without its head, or without
+            RecipeError: there is no such model, it has fewer positions than ``max_length``, the template leaves no
+                room, or the activation does not fit the number of labels.
+            ArtifactError: not a sequence classifier with one label or two, without its head, or without
                 ``tokenizer.json``; names the folder.
         """
         folder = resolve_model(model)
         tokenizer = load_tokenizer(folder)
-        classifier = _load_classifier(folder)
+        classifier = load_classifier(folder)
+        labels = classifier.config.num_labels
+        if (labels == 2) != (activation == "logit_difference") and activation != "sigmoid":
+            raise RecipeError(
+                f"{folder}: a classifier of {labels} label{'s' if labels > 1 else ''} does not go with activation "
+                f"{activation}; use {'logit_difference or sigmoid' if labels == 2 else 'identity or sigmoid'}"
+            )
         positions = getattr(classifier.config, "max_position_embeddings", None)
         if positions is not None and max_length > positions:
             raise RecipeError(f"teacher.max_length: {max_length} is more than the {positions} positions of {model!r}")
         weights = sorted(folder.glob("*.safetensors"))
         files = {path.name: file_sha256(path) for path in [*weights, folder / "config.json", folder / TOKENIZER]}
-        return cls(Path(model).name, classifier, PairTokenizer(tokenizer, classifier, max_length), files, max_length)
+        pairs = PairTokenizer(tokenizer, classifier, max_length, template)
+        return cls(Path(model).name, classifier, pairs, files, max_length, template)
 
     @property
     def parameters(self) -> int:
@@ -93,13 +111,15 @@ class CrossEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over weights, configuration, tokenizer, template and length."""
-        return fingerprint({"files": self._files, "template": TEMPLATE, "max_length": self.max_length})
+        return fingerprint({"files": self._files, "template": self._template, "max_length": self.max_length})
 
     @property
     def source(self) -> ScoreSource:
         """Return what a score store's manifest says about this teacher."""
         weights = {name: sha for name, sha in self._files.items() if name.endswith(".safetensors")}
-        return ScoreSource(self.name, fingerprint(weights), TEMPLATE, self.max_length)
+        config = cast("Any", self._model.config)
+        reading = "logit" if config.num_labels == 1 else "logit_difference"
+        return ScoreSource(self.name, fingerprint(weights), self._template, self.max_length, reading)
 
     def score(self, pairs: Sequence[tuple[str, str]], on_rows: Callable[[int], None] | None = None) -> Scores:
         """Score (query, document) texts.
@@ -140,74 +160,24 @@ class CrossEncoder:
         return graph
 
 
-def score_candidates(
-    teacher: CrossEncoder,
-    collection: Collection,
-    lists: Sequence[Shortlist],
-    folder: Path,
-    pairs_per_shard: int = PAIRS_PER_SHARD,
-) -> Artifact:
-    """Score every pair of the lists once and keep the raw logits as a store.
-
-    Shards are cut from the pairs' order alone and each is scored by itself, so a run that was killed
-    goes on with the first missing shard and ends with the same bytes as one that was not.
-
-    Args:
-        teacher: The ranker.
-        collection: Where texts are looked up.
-        lists: The candidates; a pair that several lists share is scored once.
-        folder: Where the store lives; see :class:`retrieval_kd.scores.store.ScoreStore`.
-        pairs_per_shard: Pairs whose work is lost when the run is killed.
+def load_classifier(folder: Path) -> Any:
+    """Read a sequence classifier with one label or two, whole and in float32.
 
     Raises:
-        DataError: no pairs, a query or document the collection does not have (found before the first
-            pair is scored), or a score that is not finite; names the id.
+        ArtifactError: it is none, its head is missing, or it cannot be read; names the folder.
     """
-    pairs = list(dict.fromkeys((item.query_id, doc_id) for item in lists for doc_id in item.doc_ids))
-    if not pairs:
-        raise DataError("no candidates to score; mine some first")
-    shards = [pairs[start : start + pairs_per_shard] for start in range(0, len(pairs), pairs_per_shard)]
-    spec = Spec(
-        STAGE,
-        config={**teacher.source.config(), "pairs_per_shard": pairs_per_shard},
-        inputs={"teacher": teacher.fingerprint, "collection": collection.fingerprint, "pairs": fingerprint(pairs)},
-    )
-
-    def work(target: Path) -> Mapping[str, Any]:
-        for shard in shards:
-            for _ in _texts(collection, shard):
-                pass
-        with progress(f"score with {teacher.name}", len(pairs), "pairs") as advance:
-            for number, shard in enumerate(shards):
-                if shard_path(target, number).is_file():
-                    advance(len(shard))
-                else:
-                    write_shard(target, number, shard, teacher.score(list(_texts(collection, shard)), advance))
-        return {"pairs": len(pairs), "queries": len({query_id for query_id, _ in pairs})}
-
-    return build(folder, spec, work)
-
-
-def _texts(collection: Collection, pairs: Sequence[Pair]) -> Iterator[tuple[str, str]]:
-    queries = collection.queries()
-    contents = collection.contents(dict.fromkeys(doc_id for _, doc_id in pairs))
-    for query_id, doc_id in pairs:
-        if query_id not in queries:
-            raise DataError(f"{collection.name}: no query {query_id!r}; mine the candidates from this collection")
-        yield queries[query_id], contents[doc_id]
-
-
-def _load_classifier(folder: Path) -> nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.num_labels != 1:
+        if config.num_labels not in (1, 2):
             raise ArtifactError(
-                f"{folder}: gives {config.num_labels} numbers for a pair, a teacher gives one; use a cross-encoder "
-                "with one label, or make one with teacher.fine_tune"
+                f"{folder}: gives {config.num_labels} numbers for a pair, a teacher one or two; use a cross-encoder "
+                "with one label or two, or make one with teacher.fine_tune"
             )
+        if getattr(config, "pad_token_id", None) is None:
+            raise ArtifactError(f"{folder / 'config.json'}: no pad_token_id, so pairs cannot be batched; name it there")
         with quiet_transformers():
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
@@ -219,4 +189,4 @@ def _load_classifier(folder: Path) -> nn.Module:
     if missing:
         # transformers would draw these at random and only mention it.
         raise ArtifactError(f"{folder}: weight {missing[0]!r} is missing; use a cross-encoder, or teacher.fine_tune")
-    return cast("nn.Module", model)
+    return model

@@ -67,6 +67,17 @@ def test_the_saved_recipe_is_the_recipe(name: str, tmp_path: Path) -> None:
         ("teacher.normalise=none", "cannot average two teachers on different scales"),
         ("teacher={model: x, fine_tune: {epochs: 1}}", "give either model or fine_tune, not both"),
         ("index.kind=lsh", "index.kind: 'lsh'"),
+        ("teacher={members: [{kind: bi_encoder}], model: x}", "either members or the short form (model), not both"),
+        ("teacher={members: [{kind: cross_encodre}]}", "did you mean 'cross_encoder'?"),
+        ("teacher={members: [{kind: run, path: x, template: y}]}", "template is not read; it takes ['path']"),
+        ("teacher={members: [{kind: run}]}", "name the path of its scores"),
+        ("teacher={members: [{kind: late_interaction}]}", "name its model"),
+        ("teacher={members: [{kind: bi_encoder, weight: 0}]}", "weight 0.0 must be above 0"),
+        ("teacher={members: [{kind: cross_encoder, template: '{query}'}]}", "must hold each of {query}, {document}"),
+        ("teacher={members: [{kind: scores, path: x, activation: logit_difference}]}", "a file has one score"),
+        ("teacher={members: [{kind: run, path: x}, {kind: bi_encoder}], normalise: none}", "cannot average two"),
+        ("teacher.compress.layers=[2,1]", "teacher.compress.layers: [2, 1] must be increasing"),
+        ("teacher.compress.stages=[]", "teacher.compress.stages: empty"),
     ],
 )
 def test_wrong_keys_and_values_name_the_key(override: str, message: str) -> None:
@@ -85,6 +96,16 @@ def test_overrides_reach_every_depth_and_short_forms() -> None:
     assert recipe.collection == CollectionSpec("/data/x", ("/data/y",))
     assert recipe.schedule.learning_rate == 1e-4
     assert load_recipe("margin_mse", ["teacher.model=/models/ce"]).teacher.fine_tune is None
+
+
+def test_members_come_back_from_the_resolved_recipe(tmp_path: Path) -> None:
+    """Without it the recipe saved beside a run could not be run again."""
+    members = "[{kind: cross_encoder}, {kind: pairwise, model: m, comparisons: 4}, {kind: run, path: r, weight: 2}]"
+    recipe = load_recipe("margin_mse", [f"teacher={{normalise: rank, members: {members}}}"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(to_yaml(recipe))
+    assert load_recipe(str(path)) == recipe
+    assert [member.kind for member in recipe.teacher.ensemble] == ["cross_encoder", "pairwise", "run"]
 
 
 def test_unknown_recipes_and_broken_files(tmp_path: Path) -> None:

@@ -11,9 +11,7 @@ import pytest
 
 from retrieval_kd.artifacts import Artifact, Spec, build
 from retrieval_kd.errors import ArtifactError, DataError
-from retrieval_kd.runs import rank, read_trec, write_trec
-from retrieval_kd.scores import store as store_module
-from retrieval_kd.scores.store import STAGE, ScoreSource, ScoreStore, store_from_run, write_shard
+from retrieval_kd.scores.store import SCHEMA, STAGE, ScoreSource, ScoreStore, write_shard
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,12 @@ def _foreign(folder: Path, table: pa.Table) -> Path:
 
 def test_foreign_files_are_checked_when_read(tmp_path: Path) -> None:
     """A file some other tool wrote may hold NaN, nulls or float64 scores that our writer never would."""
-    rows = pa.table([["q"], ["d"], np.array([np.nan], np.float32)], schema=store_module._SCHEMA)
+    rows = pa.table([["q"], ["d"], np.array([np.nan], np.float32)], schema=SCHEMA)
     with pytest.raises(DataError, match="have the score nan"):
         ScoreStore.open(_foreign(tmp_path / "nan", rows))
     with pytest.raises(DataError, match=r"columns \['qid', 'score'\]"):
         ScoreStore.open(_foreign(tmp_path / "columns", pa.table({"qid": ["q"], "score": [1.0]})))
-    nullable = pa.schema([(name, store_module._SCHEMA.field(name).type) for name in store_module._SCHEMA.names])
+    nullable = pa.schema([(name, SCHEMA.field(name).type) for name in SCHEMA.names])
     with pytest.raises(DataError, match="score again"):
         ScoreStore.open(_foreign(tmp_path / "null", pa.table([["q"], [None], [1.0]], schema=nullable)))
 
@@ -130,18 +128,16 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
         ScoreStore.open(tmp_path / "s")
 
 
-def test_a_run_is_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TREC file must give its own scores back through the store, over several shards, and be made once."""
-    monkeypatch.setattr(store_module, "PAIRS_PER_SHARD", 3)
-    run = {"q1": rank(["a", "b", "c"], [3.5, -1.25, 0.1]), "q2": rank(["b", "d"], [0.2, 0.3])}
-    write_trec(tmp_path / "run.trec", run, "x")
-    artifact = store_from_run(read_trec(tmp_path / "run.trec"), tmp_path / "s", "bm25")
-    assert [entry.path for entry in artifact.files] == ["scores-00000.parquet", "scores-00001.parquet"]
-    assert artifact.config["teacher"] == "bm25"
-    assert artifact.summary == {"pairs": 5, "queries": 2}
-    got = ScoreStore.open(tmp_path / "s").score_lists([Candidates("q1", ("b", "a")), Candidates("q2", ("d", "b"))])
-    assert np.concatenate(got).tolist() == np.array([-1.25, 3.5, 0.3, 0.2], np.float32).tolist()
-    again = store_from_run(read_trec(tmp_path / "run.trec"), tmp_path / "s", "bm25")
-    assert again.fingerprint == artifact.fingerprint
-    run["q2"] = rank(["b", "d"], [0.4, 0.3])
-    assert store_from_run(run, tmp_path / "s", "bm25").fingerprint != artifact.fingerprint
+def test_the_lists_of_a_store_are_its_pairs(tmp_path: Path) -> None:
+    """A report over lists cut at the wrong place would speak of rankings that nobody made."""
+    rows = [("q2", "a", 1.0), ("q1", "b", 2.0), ("q2", "c", 3.0), ("q1", "a", 4.0), ("q3", "c", 5.0)]
+    make(tmp_path / "s", [rows[:2], rows[2:]])
+    lists = {
+        (item.query_id, doc_id): float(score)
+        for item, scores in ScoreStore.open(tmp_path / "s").lists()
+        for doc_id, score in zip(item.doc_ids, scores, strict=True)
+    }
+    assert lists == {row[:2]: row[2] for row in rows}
+    assert [item.query_id for item, _ in ScoreStore.open(tmp_path / "s").lists()] == ["q2", "q1", "q3"]
+    make(tmp_path / "empty", [])
+    assert list(ScoreStore.open(tmp_path / "empty").lists()) == []

@@ -93,8 +93,7 @@ def make_model(tmp_path: Path) -> ModelMaker:
             hidden_dim=32,
             max_position_embeddings=64,
             num_labels=max(1, labels),
-            pad_token_id=0,
-            **{"initializer_range": 0.5, **options},
+            **{"pad_token_id": 0, "initializer_range": 0.5, **options},
         )
         folder = tmp_path / name
         with torch.random.fork_rng():

@@ -15,8 +15,9 @@ from retrieval_kd.errors import ArtifactError, DataError, RecipeError
 from retrieval_kd.mining.candidates import CandidateList
 from retrieval_kd.scores.store import ScoreStore
 from retrieval_kd.teachers import onnx_classifier
-from retrieval_kd.teachers.cross_encoder import CrossEncoder, score_candidates
+from retrieval_kd.teachers.cross_encoder import CrossEncoder
 from retrieval_kd.teachers.onnx_classifier import OnnxClassifier
+from retrieval_kd.teachers.scoring import score_candidates
 
 from .conftest import ModelMaker, TinyCollection
 
@@ -241,7 +242,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from teachers.conftest import TinyCollection
 from teachers.test_cross_encoder import candidate_lists
-from retrieval_kd.teachers.cross_encoder import CrossEncoder, score_candidates
+from retrieval_kd.teachers.cross_encoder import CrossEncoder
+from retrieval_kd.teachers.scoring import score_candidates
 score_candidates(CrossEncoder.load(sys.argv[2], 64), TinyCollection(), candidate_lists(), Path(sys.argv[3]), 10)
 """
 
@@ -285,3 +287,64 @@ def test_scores_are_those_of_sentence_transformers() -> None:
     peer = sentence_transformers.CrossEncoder(str(REAL), max_length=96, model_kwargs={"dtype": torch.float32})
     expected = peer.predict(pairs, activation_fn=torch.nn.Identity())
     np.testing.assert_allclose(CrossEncoder.load(str(REAL), 96).score(pairs), expected, atol=1e-4)
+
+
+def test_a_template_gives_the_logits_of_the_filled_string(make_model: ModelMaker, tiny: TinyCollection) -> None:
+    """A model that was trained on a prompt and scored without it gives plausible, worse scores."""
+    from transformers import AutoModelForSequenceClassification, BertTokenizerFast
+
+    folder = make_model()
+    template = "w1 {query} w2 {document} w3"
+    pairs = [pair for pair in all_pairs(tiny) if len(pair[1].split()) < 40][:30]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = BertTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    inputs = tokenizer([f"w1 {q} w2 {d} w3" for q, d in pairs], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, 0].numpy()
+    teacher = CrossEncoder.load(str(folder), 64, template)
+    np.testing.assert_allclose(teacher.score(pairs), expected, atol=1e-5)
+    assert teacher.source.template == template
+    assert teacher.fingerprint != CrossEncoder.load(str(folder), 64).fingerprint
+
+
+def test_two_labels_are_stored_as_log_odds(make_model: ModelMaker, tiny: TinyCollection) -> None:
+    """The first of two logits, which is what a one-label reader takes, often grows with irrelevance."""
+    from scipy.special import softmax
+
+    from retrieval_kd.scores.normalise import activate
+
+    folder = str(make_model("two", labels=2))
+    pairs = all_pairs(tiny)[:20]
+    teacher = CrossEncoder.load(folder, 64, activation="logit_difference")
+    inputs = teacher._tokenizer.batch(teacher._tokenizer(pairs), torch.device("cpu"))
+    with torch.no_grad():
+        both = teacher._model(**inputs).logits.numpy()
+    scores = teacher.score(pairs)
+    np.testing.assert_allclose(scores, both[:, 1] - both[:, 0], atol=1e-5)
+    np.testing.assert_allclose(activate(scores, "sigmoid"), softmax(both, axis=1)[:, 1], atol=1e-5)
+    assert teacher.source.reading == "logit_difference"
+    assert CrossEncoder.load(folder, 64, activation="sigmoid").fingerprint == teacher.fingerprint
+
+
+def test_an_activation_has_to_fit_the_labels(make_model: ModelMaker) -> None:
+    """A guess at which of two logits is meant would be right for half of the models."""
+    with pytest.raises(RecipeError, match="2 labels does not go with activation identity; use logit_difference or"):
+        CrossEncoder.load(str(make_model("two", labels=2)), 64)
+    with pytest.raises(RecipeError, match="1 label does not go with activation logit_difference; use identity or"):
+        CrossEncoder.load(str(make_model()), 64, activation="logit_difference")
+
+
+def test_a_decoder_is_read_at_its_last_token(make_model: ModelMaker, tiny: TinyCollection) -> None:
+    """A decoder pools its last token: padding taken for it would give every short pair the same score."""
+    options = {"num_key_value_heads": 2, "head_dim": 8}
+    teacher = CrossEncoder.load(str(make_model("decoder", family="qwen2", **options)), 48, "{document} w1 {query}")
+    pairs = all_pairs(tiny)[:40]
+    together = teacher.score(pairs)
+    assert np.ptp(together) > 0.1
+    np.testing.assert_allclose([teacher.score([pair])[0] for pair in pairs[::5]], together[::5], atol=1e-5)
+
+
+def test_a_model_without_a_pad_token_is_refused(make_model: ModelMaker) -> None:
+    """Padding with a real token would be read as text."""
+    with pytest.raises(ArtifactError, match="no pad_token_id"):
+        CrossEncoder.load(str(make_model("padless", family="qwen2", num_key_value_heads=2, pad_token_id=None)), 48)

@@ -1,0 +1,92 @@
+"""Scores that others made: whatever ranks can be a teacher, if it writes down its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retrieval_kd.artifacts import file_sha256
+from retrieval_kd.collections.files import Line, read_lines
+from retrieval_kd.errors import DataError
+from retrieval_kd.scores.store import SCHEMA, ScoreStore
+
+_TREC_COLUMNS = 6
+_TSV_COLUMNS = 3
+
+
+def read_scores(path: Path) -> ScoreStore:
+    """Read a teacher's scores, as they are; ties of a run stay ties.
+
+    Args:
+        path: A score store's folder; a Parquet file with the columns ``query_id``, ``doc_id`` and ``score``; a TREC
+            run (six columns: query Q0 document rank score tag); or a TSV file (three columns: query, document,
+            score, with or without a line of names).
+
+    Raises:
+        ArtifactError: a folder that is not a whole store.
+        DataError: a file of another form, a score that is not a finite number, or a pair that occurs twice; names
+            file, and line or pair.
+    """
+    if path.is_dir():
+        return ScoreStore.open(path)
+    if path.suffix == ".parquet":
+        return ScoreStore(path, file_sha256(path), _parquet(path), lambda _: str(path))
+    queries, documents, scores = [], [], []
+    for _, query_id, doc_id, score in _text_rows(path):
+        queries.append(query_id)
+        documents.append(doc_id)
+        scores.append(score)
+    with np.errstate(over="ignore"):
+        # What no float32 can hold becomes infinite, and is refused as such.
+        values = np.array(scores, dtype=np.float32)
+    columns = [pa.array(queries, pa.string()), pa.array(documents, pa.string()), values]
+    return ScoreStore(
+        path,
+        file_sha256(path),
+        pa.table(columns, schema=SCHEMA),
+        lambda row: next(islice(_text_rows(path), row, None))[0].where,
+    )
+
+
+def _parquet(path: Path) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=SCHEMA.names)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a Parquet file ({error}); give one, or a file of another suffix") from None
+    if sorted(table.schema.names) != sorted(SCHEMA.names):
+        raise DataError(f"{path}: a score file has the columns {SCHEMA.names}, this one {table.schema.names} of them")
+    empty = [name for name in SCHEMA.names if table[name].null_count]
+    if empty:
+        raise DataError(f"{path}: column {empty[0]!r} has empty values; give every pair its score")
+    try:
+        # Not safe: a double that no float32 can hold exactly is still the score, and one too large is found later.
+        return table.select(SCHEMA.names).cast(SCHEMA, safe=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(f"{path}: {error}; a score file has {SCHEMA.to_string()}") from None
+
+
+def _text_rows(path: Path) -> Iterator[tuple[Line, str, str, float]]:
+    number = 0
+    for number, line in enumerate(read_lines(path)):
+        columns = line.text.split("\t") if line.text.count("\t") == _TSV_COLUMNS - 1 else line.text.split()
+        if len(columns) == _TREC_COLUMNS:
+            query_id, _, doc_id, _, text, _ = columns
+        elif len(columns) == _TSV_COLUMNS:
+            query_id, doc_id, text = columns
+        else:
+            raise DataError(
+                f"{line.where}: {len(columns)} columns; a TREC run has 6 (query Q0 document rank score tag), a score "
+                "file 3 (query, document, score)"
+            )
+        try:
+            yield line, query_id, doc_id, float(text)
+        except ValueError:
+            # The first line of a score file may name its columns.
+            if number > 0 or len(columns) == _TREC_COLUMNS:
+                raise DataError(f"{line.where}: score {text!r} is not a number; mend the line") from None

@@ -1,0 +1,100 @@
+"""A teacher of any members: each one's own scores, and the mean that the recipe names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_overrides
+
+from retrieval_kd.errors import DataError
+from retrieval_kd.recipes.loader import load_recipe
+from retrieval_kd.runs import Scores
+from retrieval_kd.scores.normalise import activate, normalise
+from retrieval_kd.stages import Workspace
+
+
+def workspace_with(tiny: Path, teacher: str) -> Workspace:
+    """Return a workspace of a tiny recipe with this teacher."""
+    overrides = [item for item in tiny_overrides(tiny, "asymmetric") if not item.startswith("teacher=")]
+    return Workspace(load_recipe("margin_mse", [*overrides, f"teacher={teacher}"]), tiny / "artifacts")
+
+
+@pytest.fixture
+def run_file(tiny: Path, tmp_path: Path) -> tuple[Path, list[Scores]]:
+    """Return a TREC run over the candidates, scored at random, and its scores."""
+    lists = workspace_with(tiny, "{members: [{kind: bi_encoder}]}").last.candidates
+    draw = np.random.default_rng([3])
+    scores = [draw.normal(size=len(item.doc_ids)).astype(np.float32) for item in lists]
+    path = tmp_path / "made-elsewhere.trec"
+    path.write_text(
+        "".join(
+            f"{item.query_id} Q0 {doc_id} 1 {score:.9g} x\n"
+            for item, values in zip(lists, scores, strict=True)
+            for doc_id, score in zip(item.doc_ids, values, strict=True)
+        )
+    )
+    return path, scores
+
+
+def test_members_are_weighed_and_normalised(tiny: Path, run_file: tuple[Path, list[Scores]]) -> None:
+    """Without it a member could be left out, or one's weight be another's and nobody would see it."""
+    path, run = run_file
+    members = f"[{{kind: bi_encoder, weight: 3}}, {{kind: run, path: {path}}}]"
+    workspace = workspace_with(tiny, f"{{normalise: minmax, members: {members}}}")
+    stage = workspace.last
+    vectors = workspace.encoder_scores(stage.candidates, workspace.encoder, workspace.training_queries)
+    for got, encoder, score in zip(stage.teacher_scores, vectors, run, strict=True):
+        expected = 0.75 * normalise(encoder, "minmax") + 0.25 * normalise(score, "minmax")
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert stage.teacher.titles == ("bi-encoder", "run")
+
+
+def test_the_activation_of_a_file_is_applied(tiny: Path, run_file: tuple[Path, list[Scores]]) -> None:
+    """Without it a store's logits would be learned as they are, whatever the recipe says."""
+    path, run = run_file
+    member = f"{{kind: scores, path: {path}, activation: sigmoid}}"
+    stage = workspace_with(tiny, f"{{normalise: none, members: [{member}]}}").last
+    assert all(map(np.array_equal, stage.teacher_scores, [activate(scores, "sigmoid") for scores in run]))
+
+
+def test_the_fingerprint_names_members_weights_and_scale(tiny: Path, run_file: tuple[Path, list[Scores]]) -> None:
+    """Without it a student trained on another mean of teachers would be taken for this one's."""
+    path, _ = run_file
+    pair = f"members: [{{kind: bi_encoder, weight: WEIGHT}}, {{kind: run, path: {path}}}]"
+    texts = [
+        f"{{{pair.replace('WEIGHT', '1')}}}",
+        f"{{{pair.replace('WEIGHT', '2')}}}",
+        f"{{normalise: rank, {pair.replace('WEIGHT', '1')}}}",
+        f"{{members: [{{kind: run, path: {path}}}]}}",
+        f"{{members: [{{kind: scores, path: {path}, activation: sigmoid}}]}}",
+    ]
+    prints = [workspace_with(tiny, text).last.teacher.fingerprint for text in texts]
+    assert len(set(prints)) == len(prints)
+    before = workspace_with(tiny, texts[0]).last.teacher.fingerprint
+    path.write_text(path.read_text().replace(" x\n", " y\n", 1))
+    assert workspace_with(tiny, texts[0]).last.teacher.fingerprint != before
+
+
+def test_the_short_form_is_an_ensemble_of_two(tiny: Path) -> None:
+    """Without it ``--set teacher.model=`` could come to mean something else than its members written out."""
+    short = workspace_with(tiny, f"{{max_length: 48, fine_tune: {{start: {tiny / 'tiny-encoder'}, batch_queries: 8}}}}")
+    long = workspace_with(
+        tiny,
+        f"{{members: [{{kind: cross_encoder, weight: 2, max_length: 48, fine_tune: {{start: {tiny / 'tiny-encoder'}, "
+        "batch_queries: 8}}, {kind: bi_encoder, weight: 2}]}",
+    )
+    assert all(map(np.array_equal, short.last.teacher_scores, long.last.teacher_scores))
+    assert short.last.teacher.members[0].folder == long.last.teacher.members[0].folder
+    assert short.last.teacher.titles == ("cross-encoder", "bi-encoder")
+
+
+def test_pairs_that_a_run_lacks_are_counted(tiny: Path, run_file: tuple[Path, list[Scores]]) -> None:
+    """Without it candidates outside a run would be learned as zero, or as not there."""
+    path, _ = run_file
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[4:]))
+    stage = workspace_with(tiny, f"{{members: [{{kind: run, path: {path}}}]}}").last
+    with pytest.raises(DataError, match=rf"4 of {len(lines)} pairs have no score \(query '.*, \.\.\.\); score these"):
+        _ = stage.teacher_scores
