@@ -27,7 +27,8 @@ lint: $(READY)
 	$(BIN)/mypy
 
 proto: $(READY)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I . \
+		-I "$$($(BIN)/python -c 'from google.rpc import status_pb2; print(status_pb2.__file__.rpartition("/google/")[0])')" --python_out=. --grpc_python_out=. \
 		--mypy_out=. --mypy_grpc_out=. protos/dense/retrieval/v1/retrieval.proto
 
 bench: demo

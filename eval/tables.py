@@ -25,14 +25,13 @@ def format_table(systems: Sequence[SystemResult]) -> str:
 
 
 def _table(rows: Sequence[Report], measures: Sequence[str]) -> str:
-    return plain_table(
+    return _plain(
         ["system", *_headings(measures)],
         [[row["name"], *(_plus_minus(row, measure) for measure in measures), *_costs(row)] for row in rows],
     )
 
 
-def plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows under headings as plain text, the first column to the left, without folding."""
+def _plain(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -83,7 +82,7 @@ def format_summary(summary: Report) -> str:
             ]
             for row in summary["systems"]
         ]
-        parts.append(plain_table(headings, rows))
+        parts.append(_plain(headings, rows))
     return "\n\n".join([*parts, summary_caption(summary)])
 
 

@@ -4,7 +4,7 @@ On few CPU cores batching buys at most 1.6x, so there is no artificial delay: wh
 free it takes what is queued. The rule is that of text-embeddings-inference's ``core/src/queue.rs``,
 with its users' complaints answered: a single text and a batch meet the same bound
 (text-embeddings-inference#662), and texts whose caller left are dropped before they are encoded
-(infinity#546).
+(infinity#546). Queries go before documents, but documents get their turn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,12 +21,17 @@ from typing import Self
 import numpy as np
 
 from retrieval_kd.encoders.base import Vectors
+from retrieval_kd.encoders.card import Side
 from serve.errors import NotReadyError, OverloadedError
 from serve.limits import Limits
+from serve.metrics import Metrics
 
 Tokens = Sequence[int]
 SHORTEST_RETRY = 0.05
 """Seconds; a client told to come back at once would be refused again."""
+QUERY_BATCHES = 4
+"""Batches of queries that may go before a batch of documents that waits."""
+_NEWEST_WEIGHT = 0.2
 _STOPPING = "the server is stopping; ask another one"
 
 
@@ -52,8 +57,48 @@ class _Entry:
     done: asyncio.Future[_Done]
 
 
+class _Queue:
+    """Entries in the order of their arrival, and how many tokens they hold."""
+
+    def __init__(self) -> None:
+        self._entries: deque[_Entry] = deque()
+        self.tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[_Entry]:
+        return iter(self._entries)
+
+    def extend(self, entries: Sequence[_Entry]) -> None:
+        self._entries.extend(entries)
+        self.tokens += _tokens(entries)
+
+    def drop_abandoned(self) -> int:
+        """Drop the entries whose callers left and return how many they were."""
+        before = len(self)
+        self._keep([entry for entry in self._entries if not entry.done.done()])
+        return before - len(self)
+
+    def take(self, texts: int, tokens: int) -> list[_Entry]:
+        """Take the oldest entry and others of its length: the encoder pads nothing, so only those share a run."""
+        if not self._entries:
+            return []
+        length = len(self._entries[0].tokens)
+        room = max(1, min(texts, tokens // max(1, length)))
+        batch = [entry for entry in self._entries if len(entry.tokens) == length][:room]
+        taken = set(batch)
+        self._keep([entry for entry in self._entries if entry not in taken])
+        return batch
+
+    def _keep(self, entries: list[_Entry]) -> None:
+        if len(entries) < len(self._entries):
+            self._entries = deque(entries)
+            self.tokens = _tokens(entries)
+
+
 class MicroBatcher:
-    """One thread that encodes, fed by a bounded queue on the event loop; the oldest entry always goes next.
+    """One thread that encodes, fed by bounded queues on the event loop; of a queue the oldest entry goes next.
 
     An entry whose caller was cancelled or ran out of time is one whose future is done: there is no
     second bookkeeping of deadlines.
@@ -63,17 +108,22 @@ class MicroBatcher:
         self,
         run: Callable[[Sequence[Tokens]], Vectors],
         limits: Limits,
+        metrics: Metrics | None = None,
         batch_texts: int = 8,
         batch_tokens: int = 2048,
     ) -> None:
         """Take the encoder's ``run(rows) -> float32 [n, d]`` and the largest batch, in texts and in tokens."""
         self._run = run
         self._limits = limits
+        self._metrics = metrics or Metrics()
         self._batch_texts = batch_texts
         self._batch_tokens = batch_tokens
-        self._queue: deque[_Entry] = deque()
+        self._queues: dict[Side, _Queue] = {"query": _Queue(), "document": _Queue()}
+        self._query_batches = 0
         self._arrival = asyncio.Event()
         self._seconds_per_token = 0.0
+        self._running_tokens = 0
+        self._running_since = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._stopping = False
 
@@ -87,24 +137,31 @@ class MicroBatcher:
         self._stopping = True
         self._arrival.set()
         await self._worker
-        for entry in self._queue:
-            _fail(entry, NotReadyError(_STOPPING))
+        for queue in self._queues.values():
+            for entry in queue:
+                _fail(entry, NotReadyError(_STOPPING))
         self._thread.shutdown()
 
-    async def encode(self, rows: Sequence[Tokens]) -> Encoded:
+    async def encode(self, rows: Sequence[Tokens], side: Side = "query", seconds: float | None = None) -> Encoded:
         """Encode token rows, together with whatever else waits.
 
+        Args:
+            rows: Token ids of each text.
+            side: Whether they are queries, which go first, or documents.
+            seconds: How long the caller waits; None if for ever.
+
         Raises:
-            OverloadedError: the queue has no room for all of them; nothing was queued.
+            OverloadedError: the queue has no room for all of them, or they would be encoded after
+                ``seconds``; nothing was queued.
             NotReadyError: the batcher was left before the rows had their turn.
         """
         if self._stopping:
             raise NotReadyError(_STOPPING)
-        self._admit(rows)
+        self._admit(rows, side, seconds)
         arrived = time.perf_counter_ns()
         loop = asyncio.get_running_loop()
         entries = [_Entry(row, loop.create_future()) for row in rows]
-        self._queue.extend(entries)
+        self._queues[side].extend(entries)
         self._arrival.set()
         done = await asyncio.gather(*(entry.done for entry in entries))
         started = min(one.started for one in done)
@@ -114,24 +171,49 @@ class MicroBatcher:
             encode_ns=max(one.ended for one in done) - started,
         )
 
-    def _admit(self, rows: Sequence[Tokens]) -> None:
-        """Refuse what does not fit; an empty queue takes any request, or a large one could never be answered."""
-        if self._fits(rows):
-            return
-        self._drop_abandoned()
-        if self._queue and not self._fits(rows):
-            wait = _tokens(self._queue) * self._seconds_per_token
+    def _admit(self, rows: Sequence[Tokens], side: Side, seconds: float | None) -> None:
+        """Refuse what does not fit or would be late; an idle encoder takes any request, or it could never learn."""
+        if not self._fits(rows):
+            self._drop_abandoned()
+            if self._texts and not self._fits(rows):
+                self._metrics.dropped("full", len(rows))
+                raise OverloadedError(
+                    f"{self._texts} texts already wait for the encoder; try again later",
+                    max(SHORTEST_RETRY, self._wait(side)),
+                )
+        wait = self._wait(side)
+        if seconds is not None and wait > 0 and wait + _tokens_of(rows) * self._seconds_per_token > seconds:
+            self._metrics.dropped("late", len(rows))
             raise OverloadedError(
-                f"{len(self._queue)} texts already wait for the encoder; try again later", max(SHORTEST_RETRY, wait)
+                f"the encoder is busy for about {1e3 * wait:.0f} ms, longer than the request may take; try again later",
+                max(SHORTEST_RETRY, wait),
             )
 
+    def _wait(self, side: Side) -> float:
+        """Return the estimated seconds until a text that arrives now has its turn."""
+        queries, documents = self._queues["query"].tokens, self._queues["document"].tokens
+        ahead = queries + (documents if side == "document" else min(documents, queries // QUERY_BATCHES))
+        elapsed = time.perf_counter() - self._running_since
+        running = max(0.0, self._running_tokens * self._seconds_per_token - elapsed) if self._running_tokens else 0.0
+        return running + ahead * self._seconds_per_token
+
+    @property
+    def _texts(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    @property
+    def _queued_tokens(self) -> int:
+        return sum(queue.tokens for queue in self._queues.values())
+
     def _fits(self, rows: Sequence[Tokens]) -> bool:
-        texts = len(self._queue) + len(rows)
-        tokens = _tokens(self._queue) + sum(map(len, rows))
+        texts, tokens = self._texts + len(rows), self._queued_tokens + _tokens_of(rows)
         return texts <= self._limits.max_queued_texts and tokens <= self._limits.max_queued_tokens
 
     def _drop_abandoned(self) -> None:
-        self._queue = deque(entry for entry in self._queue if not entry.done.done())
+        for queue in self._queues.values():
+            dropped = queue.drop_abandoned()
+            if dropped:
+                self._metrics.dropped("abandoned", dropped)
 
     async def _work(self) -> None:
         while True:
@@ -145,31 +227,39 @@ class MicroBatcher:
                 self._arrival.clear()
 
     def _take(self) -> list[_Entry]:
-        """Take the oldest entry and others of its length: the encoder pads nothing, so only those share a run."""
         self._drop_abandoned()
-        if not self._queue:
-            return []
-        length = len(self._queue[0].tokens)
-        room = max(1, min(self._batch_texts, self._batch_tokens // max(1, length)))
-        batch = [entry for entry in self._queue if len(entry.tokens) == length][:room]
-        taken = set(batch)
-        self._queue = deque(entry for entry in self._queue if entry not in taken)
+        batch = self._queues[self._next_side()].take(self._batch_texts, self._batch_tokens)
+        self._metrics.queued(self._texts, self._queued_tokens)
         return batch
 
+    def _next_side(self) -> Side:
+        if len(self._queues["query"]) and not (len(self._queues["document"]) and self._query_batches >= QUERY_BATCHES):
+            self._query_batches += 1
+            return "query"
+        self._query_batches = 0
+        return "document"
+
     async def _encode(self, batch: list[_Entry]) -> None:
+        self._metrics.batch(len(batch))
+        self._running_tokens, self._running_since = _tokens(batch), time.perf_counter()
         started = time.perf_counter_ns()
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, [one.tokens for one in batch])
         await asyncio.wait([running])
         ended = time.perf_counter_ns()
+        self._learn((ended - started) / 1e9 / max(1, self._running_tokens))
+        self._running_tokens = 0
         error = running.exception()
         if error is not None:
             for entry in batch:
                 _fail(entry, error)
             return
-        self._seconds_per_token = (ended - started) / 1e9 / max(1, _tokens(batch))
         for entry, vector in zip(batch, running.result(), strict=True):
             if not entry.done.done():
                 entry.done.set_result(_Done(vector, started, ended))
+
+    def _learn(self, seconds_per_token: float) -> None:
+        before = self._seconds_per_token or seconds_per_token
+        self._seconds_per_token = before + _NEWEST_WEIGHT * (seconds_per_token - before)
 
 
 def _fail(entry: _Entry, error: BaseException) -> None:
@@ -177,5 +267,9 @@ def _fail(entry: _Entry, error: BaseException) -> None:
         entry.done.set_exception(error)
 
 
-def _tokens(entries: Sequence[_Entry] | deque[_Entry]) -> int:
+def _tokens(entries: Iterable[_Entry]) -> int:
     return sum(len(entry.tokens) for entry in entries)
+
+
+def _tokens_of(rows: Sequence[Tokens]) -> int:
+    return sum(map(len, rows))

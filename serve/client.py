@@ -1,121 +1,126 @@
-"""A typed client; importing it loads neither an encoder nor an index library."""
+"""Typed clients, one that blocks and one for asyncio; importing them loads neither encoder nor index library.
+
+Both keep one connection, give every call a deadline, and repeat a call only when the server has said
+when to (``RetryInfo``) and the deadline allows it: clients that retry on their own keep an overloaded
+server overloaded. Every failure is a :class:`ServeError` with one line that says what went wrong.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 import grpc
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]
-from grpc_status import rpc_status
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd.errors import ServeError
+from serve import messages
 from serve.health import check_health
 from serve.limits import Limits
-from serve.vectors import from_message, to_message
+from serve.messages import (
+    DEADLINE_SECONDS,
+    RETRIES,
+    Document,
+    EncoderInfo,
+    Hit,
+    IndexInfo,
+    IndexSummary,
+    Options,
+    SearchResult,
+    ServerInfo,
+    Timings,
+    Tls,
+    Write,
+)
+
+__all__ = [
+    "AsyncRetrievalClient",
+    "Document",
+    "EncoderInfo",
+    "Hit",
+    "IndexInfo",
+    "IndexSummary",
+    "Options",
+    "RetrievalClient",
+    "SearchResult",
+    "ServerInfo",
+    "Timings",
+    "Tls",
+    "Write",
+]
 
 Response = TypeVar("Response")
 _POLL_SECONDS = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One document: its id, its float32 score, its rank from 1."""
+class _Connection:
+    """What both clients know about their server."""
 
-    doc_id: str
-    score: float
-    rank: int
+    def __init__(self, target: str, timeout: float, tls: Tls | None, token: str | None, retries: int) -> None:
+        self.target = target
+        self.timeout = timeout
+        self.retries = retries
+        self.metadata = messages.token_metadata(target, token, tls)
+        self.credentials = None if tls is None else tls.credentials()
+        self.options = Limits().message_options()
 
+    def failed(self, name: str, error: grpc.RpcError) -> ServeError:
+        return ServeError(f"{name} at {self.target}: {messages.explain(error, self.timeout)}")
 
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Where the server's time went, in nanoseconds."""
-
-    tokenize_ns: int
-    queue_ns: int
-    encode_ns: int
-    search_ns: int
-    total_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class SearchResult:
-    """One query's ranking.
-
-    Attributes:
-        hits: Best first.
-        index_version: The index version that was searched.
-        query_encoder: Fingerprint of the query encoder being served.
-        timings: The server's time; of the whole batch when the query came in one.
-    """
-
-    hits: tuple[Hit, ...]
-    index_version: str
-    query_encoder: str
-    timings: Timings
+    def pause(self, error: grpc.RpcError, attempt: int, give_up: float) -> float | None:
+        """Return how long to wait before the next attempt; None when there shall be none."""
+        seconds = messages.retry_seconds(error)
+        if seconds is None or attempt >= self.retries or time.monotonic() + seconds >= give_up:
+            return None
+        return seconds
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderInfo:
-    """Identity of an encoder, as ``EncoderInfo`` of the protocol."""
-
-    name: str
-    fingerprint: str
-    space_fingerprint: str
-    dimension: int
-    max_length: int
-    normalized: bool
-    precision: str
-
-
-@dataclass(frozen=True, slots=True)
-class ServerInfo:
-    """The server's version, its query encoder and its limits."""
-
-    server_version: str
-    query_encoder: EncoderInfo
-    limits: Limits
-
-
-@dataclass(frozen=True, slots=True)
-class IndexInfo:
-    """The index version being searched."""
-
-    index_version: str
-    kind: str
-    document_count: int
-    dimension: int
-    document_encoder: EncoderInfo
+class _Stubs:
+    def __init__(self, channel: Any) -> None:
+        self.retrieval = rpc.RetrievalServiceStub(channel)
+        self.rerank = rpc.RerankServiceStub(channel)
+        self.embedding = rpc.EmbeddingServiceStub(channel)
+        self.index = rpc.IndexServiceStub(channel)
+        self.admin = rpc.IndexAdminServiceStub(channel)
+        self.info = rpc.ServerInfoServiceStub(channel)
 
 
 class RetrievalClient:
-    """Talks to one server over one channel; safe to share between threads.
+    """Talks to one server over one channel; safe to share between threads."""
 
-    Every method raises :class:`ServeError` with one line that says what went wrong.
-    """
-
-    def __init__(self, target: str, timeout: float = 5.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        timeout: float = DEADLINE_SECONDS,
+        tls: Tls | None = None,
+        token: str | None = None,
+        retries: int = RETRIES,
+    ) -> None:
         """Prepare a channel; nothing is sent yet.
 
         Args:
             target: ``HOST:PORT``.
-            timeout: Seconds that each call may take.
+            timeout: Seconds that each call may take, its retries included.
+            tls: Encrypt the connection; plain text when None.
+            token: Bearer token.
+            retries: How often a call is repeated when the server asks for it.
+
+        Raises:
+            ServeError: a TLS file cannot be read, or a token would travel in plain text.
         """
-        self._target = target
-        self._timeout = timeout
-        self._channel = grpc.insecure_channel(target, options=Limits().message_options())
-        self._retrieval = rpc.RetrievalServiceStub(self._channel)
-        self._embedding = rpc.EmbeddingServiceStub(self._channel)
-        self._index = rpc.IndexServiceStub(self._channel)
-        self._info = rpc.ServerInfoServiceStub(self._channel)
+        self._to = _Connection(target, timeout, tls, token, retries)
+        if self._to.credentials is None:
+            self._channel = grpc.insecure_channel(target, options=self._to.options)
+        else:
+            self._channel = grpc.secure_channel(target, self._to.credentials, options=self._to.options)
+        self._stubs = _Stubs(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -129,141 +134,262 @@ class RetrievalClient:
         """Close the channel."""
         self._channel.close()
 
-    def search(self, text: str | None = None, vector: npt.ArrayLike | None = None, top_k: int = 10) -> SearchResult:
+    def search(
+        self,
+        text: str | None = None,
+        vector: npt.ArrayLike | None = None,
+        top_k: int = 10,
+        options: Options | None = None,
+    ) -> SearchResult:
         """Rank documents against one text or one vector ``[d]``; give exactly one of the two."""
-        if text is not None and vector is None:
-            request = pb.SearchRequest(text=text, top_k=_top_k(top_k))
-        elif vector is not None and text is None:
-            request = pb.SearchRequest(vector=_vector(vector), top_k=_top_k(top_k))
-        else:
-            raise ServeError("search: give either a text or a vector")
-        response = self._call("search", self._retrieval.Search, request)
-        return SearchResult(
-            _hits(response.hits), response.index_version, response.query_encoder, _timings(response.timings)
-        )
+        request = messages.search_request(text, vector, top_k, options)
+        return messages.read_search(self._call("search", self._stubs.retrieval.Search, request))
+
+    def search_sets(
+        self,
+        like: Sequence[Sequence[str]],
+        unlike: Sequence[Sequence[str]] = (),
+        top_k: int = 10,
+        options: Options | None = None,
+    ) -> SearchResult:
+        """Rank documents by likeness to some sets of example texts and unlikeness to others (arXiv 2404.17606)."""
+        request = messages.sets_request(like, unlike, top_k, options)
+        return messages.read_search(self._call("search_sets", self._stubs.retrieval.Search, request))
 
     def batch_search(
-        self, texts: Sequence[str] | None = None, top_k: int = 10, *, vectors: npt.ArrayLike | None = None
+        self,
+        texts: Sequence[str] | None = None,
+        top_k: int = 10,
+        *,
+        vectors: npt.ArrayLike | None = None,
+        options: Options | None = None,
     ) -> list[SearchResult]:
-        """Rank documents against many texts, or against vectors ``[n, d]``; results in their order."""
-        if (texts is None) == (vectors is None):
-            raise ServeError("batch_search: give either texts or vectors")
-        if texts is not None:
-            queries = [pb.Query(text=text) for text in _texts("batch_search", texts)]
-        else:
-            queries = [pb.Query(vector=_vector(vector)) for vector in _rows(vectors)]
-        request = pb.BatchSearchRequest(queries=queries, top_k=_top_k(top_k))
-        response = self._call("batch_search", self._retrieval.BatchSearch, request)
-        timings = _timings(response.timings)
-        return [
-            SearchResult(_hits(result.hits), response.index_version, response.query_encoder, timings)
-            for result in response.results
-        ]
+        """Rank documents against many texts, or vectors ``[n, d]``, in calls of 256; results in their order."""
+        found = []
+        for request in messages.batch_requests(texts, vectors, top_k, options):
+            found += messages.read_batch(self._call("batch_search", self._stubs.retrieval.BatchSearch, request))
+        return found
 
-    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Return the texts' query vectors, float32 ``[len(texts), d]``."""
-        request = pb.EmbedRequest(texts=_texts("embed", texts), vector_encoding=pb.VECTOR_ENCODING_F32_LE)
-        response = self._call("embed", self._embedding.Embed, request)
-        return np.stack([from_message(vector) for vector in response.vectors])
+    def search_stream(
+        self, texts: Iterable[str], top_k: int = 10, options: Options | None = None
+    ) -> Iterator[SearchResult]:
+        """Rank documents against texts as they come; results in their order, the stream without a deadline."""
+        requests = messages.tagged_searches(texts, top_k, options)
+        for answer in self._stream("search_stream", self._stubs.retrieval.StreamSearch, requests):
+            yield messages.read_search(answer.response)
+
+    def embed(self, texts: Sequence[str], documents: bool = False) -> npt.NDArray[np.float32]:
+        """Return the vectors of queries, or of documents, float32 ``[len(texts), d]``."""
+        request = messages.embed_request("embed", texts, documents)
+        return messages.read_vectors(self._call("embed", self._stubs.embedding.Embed, request))
+
+    def embed_stream(self, texts: Sequence[str], documents: bool = False) -> npt.NDArray[np.float32]:
+        """Return the vectors of many texts, float32 ``[len(texts), d]``; the server serves queries first."""
+        requests = messages.tagged_embeds(texts, documents)
+        answers = self._stream("embed_stream", self._stubs.embedding.StreamEmbed, requests)
+        return np.concatenate([messages.read_vectors(answer.response) for answer in answers])
+
+    def rerank(self, query: str, documents: Mapping[str, str] | Sequence[str], top_k: int = 0) -> SearchResult:
+        """Order documents by the server's reranker: texts by id, or ids whose texts the index stores."""
+        request = messages.rerank_request(query, documents, top_k)
+        return messages.read_rerank(self._call("rerank", self._stubs.rerank.Rerank, request))
 
     def server_info(self) -> ServerInfo:
         """Return what serves, and its limits."""
-        response = self._call("server_info", self._info.GetServerInfo, pb.GetServerInfoRequest())
-        limits = Limits(**{field.name: getattr(response.limits, field.name) for field in pb.Limits.DESCRIPTOR.fields})
-        return ServerInfo(response.server_version, _encoder(response.query_encoder), limits)
+        return messages.read_server_info(
+            self._call("server_info", self._stubs.info.GetServerInfo, pb.GetServerInfoRequest())
+        )
 
     def index(self) -> IndexInfo:
         """Return what is searched."""
-        response = self._call("index", self._index.GetIndex, pb.GetIndexRequest())
-        return IndexInfo(
-            response.index_version,
-            response.kind,
-            response.document_count,
-            response.dimension,
-            _encoder(response.document_encoder),
-        )
+        return messages.read_index(self._call("index", self._stubs.index.GetIndex, pb.GetIndexRequest()))
+
+    def indexes(self) -> list[IndexSummary]:
+        """Return every version that the store keeps, oldest first."""
+        return messages.read_indexes(self._call("indexes", self._stubs.index.ListIndexes, pb.ListIndexesRequest()))
+
+    def publish(self, index_version: str = "", timeout: float = 600.0) -> str:
+        """Let the server serve a version, the store's current one when empty; return the one served before."""
+        request = pb.PublishIndexRequest(index_version=index_version)
+        response: pb.PublishIndexResponse = self._call("publish", self._stubs.admin.PublishIndex, request, timeout)
+        return response.previous_version
+
+    def rollback(self, timeout: float = 600.0) -> str:
+        """Let the server serve the version before the one it serves; return its name."""
+        request = pb.RollbackIndexRequest()
+        response: pb.RollbackIndexResponse = self._call("rollback", self._stubs.admin.RollbackIndex, request, timeout)
+        return response.index_version
+
+    def upsert(self, documents: Sequence[Document], timeout: float = 60.0) -> Write:
+        """Add documents or replace those of the same id."""
+        request = messages.upsert_request(documents)
+        response = self._call("upsert", self._stubs.admin.UpsertDocuments, request, timeout)
+        return Write(response.index_version, response.document_count)
+
+    def delete(self, doc_ids: Sequence[str], timeout: float = 60.0) -> Write:
+        """Remove documents."""
+        request = pb.DeleteDocumentsRequest(doc_ids=messages.checked_texts("delete", doc_ids))
+        response = self._call("delete", self._stubs.admin.DeleteDocuments, request, timeout)
+        return Write(response.index_version, response.document_count)
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Return once the server answers requests; ``timeout`` in seconds."""
         give_up = time.monotonic() + timeout
         while True:
+            patience = max(_POLL_SECONDS, min(self._to.timeout, give_up - time.monotonic()))
             try:
-                return check_health(self._target, max(_POLL_SECONDS, min(self._timeout, give_up - time.monotonic())))
+                return check_health(self._to.target, patience, self._to.credentials)
             except ServeError as error:
                 if time.monotonic() >= give_up:
                     raise ServeError(f"{error}; waited {timeout:g} s") from None
             time.sleep(_POLL_SECONDS)
 
-    def _call(self, name: str, method: Callable[..., Response], request: Message) -> Response:
+    def _call(
+        self, name: str, method: Callable[..., Response], request: Message, timeout: float | None = None
+    ) -> Response:
+        give_up = time.monotonic() + (timeout or self._to.timeout)
+        attempt = 0
+        while True:
+            try:
+                return method(request, timeout=max(0.0, give_up - time.monotonic()), metadata=self._to.metadata)
+            except grpc.RpcError as error:
+                pause = self._to.pause(error, attempt, give_up)
+                if pause is None:
+                    raise self._to.failed(name, error) from None
+            attempt += 1
+            time.sleep(pause)
+
+    def _stream(self, name: str, method: Callable[..., Iterable[Response]], requests: Iterator[Any]) -> Iterator[Any]:
         try:
-            return method(request, timeout=self._timeout)
+            for answer in method(requests, metadata=self._to.metadata):
+                yield _answered(name, self._to.target, answer)
         except grpc.RpcError as error:
-            raise ServeError(f"{name} at {self._target}: {_explain(cast('grpc.Call', error), self._timeout)}") from None
+            raise self._to.failed(name, error) from None
 
 
-def _explain(error: grpc.Call, timeout: float) -> str:
-    status = rpc_status.from_call(error)
-    retry = error_details_pb2.RetryInfo()
-    if status is not None:
-        hint = ""
-        for detail in status.details:
-            if detail.Unpack(retry):
-                hint = f" (retry after {retry.retry_delay.ToMilliseconds()} ms)"
-        return f"{status.message}{hint}"
-    match error.code():
-        case grpc.StatusCode.UNAVAILABLE:
-            return f"nothing answers there ({error.details()}); start the server or mend the address"
-        case grpc.StatusCode.DEADLINE_EXCEEDED:
-            return f"no answer within {timeout:g} s; allow more time or send less at once"
-        case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return f"{error.details()}; send less at once"
-        case code:
-            return f"{code.name} {error.details()}"
+class AsyncRetrievalClient:
+    """Talks to one server over one channel, on the event loop that makes it; as :class:`RetrievalClient` otherwise."""
+
+    def __init__(
+        self,
+        target: str,
+        timeout: float = DEADLINE_SECONDS,
+        tls: Tls | None = None,
+        token: str | None = None,
+        retries: int = RETRIES,
+    ) -> None:
+        """Prepare a channel; nothing is sent yet. For the arguments see :class:`RetrievalClient`."""
+        self._to = _Connection(target, timeout, tls, token, retries)
+        if self._to.credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options=self._to.options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, self._to.credentials, options=self._to.options)
+        self._stubs = _Stubs(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close(None)
+
+    async def search(
+        self,
+        text: str | None = None,
+        vector: npt.ArrayLike | None = None,
+        top_k: int = 10,
+        options: Options | None = None,
+    ) -> SearchResult:
+        """Rank documents against one text or one vector ``[d]``; give exactly one of the two."""
+        request = messages.search_request(text, vector, top_k, options)
+        return messages.read_search(await self._call("search", self._stubs.retrieval.Search, request))
+
+    async def search_sets(
+        self,
+        like: Sequence[Sequence[str]],
+        unlike: Sequence[Sequence[str]] = (),
+        top_k: int = 10,
+        options: Options | None = None,
+    ) -> SearchResult:
+        """Rank documents by likeness to some sets of example texts and unlikeness to others (arXiv 2404.17606)."""
+        request = messages.sets_request(like, unlike, top_k, options)
+        return messages.read_search(await self._call("search_sets", self._stubs.retrieval.Search, request))
+
+    async def batch_search(
+        self,
+        texts: Sequence[str] | None = None,
+        top_k: int = 10,
+        *,
+        vectors: npt.ArrayLike | None = None,
+        options: Options | None = None,
+    ) -> list[SearchResult]:
+        """Rank documents against many texts, or vectors ``[n, d]``, in calls of 256; results in their order."""
+        found = []
+        for request in messages.batch_requests(texts, vectors, top_k, options):
+            found += messages.read_batch(await self._call("batch_search", self._stubs.retrieval.BatchSearch, request))
+        return found
+
+    async def search_stream(
+        self, texts: Iterable[str], top_k: int = 10, options: Options | None = None
+    ) -> AsyncIterator[SearchResult]:
+        """Rank documents against texts as they come; results in their order, the stream without a deadline."""
+        requests = messages.tagged_searches(texts, top_k, options)
+        async for answer in self._stream("search_stream", self._stubs.retrieval.StreamSearch, requests):
+            yield messages.read_search(answer.response)
+
+    async def embed(self, texts: Sequence[str], documents: bool = False) -> npt.NDArray[np.float32]:
+        """Return the vectors of queries, or of documents, float32 ``[len(texts), d]``."""
+        request = messages.embed_request("embed", texts, documents)
+        return messages.read_vectors(await self._call("embed", self._stubs.embedding.Embed, request))
+
+    async def embed_stream(self, texts: Sequence[str], documents: bool = False) -> npt.NDArray[np.float32]:
+        """Return the vectors of many texts, float32 ``[len(texts), d]``; the server serves queries first."""
+        requests = messages.tagged_embeds(texts, documents)
+        answers = self._stream("embed_stream", self._stubs.embedding.StreamEmbed, requests)
+        return np.concatenate([messages.read_vectors(answer.response) async for answer in answers])
+
+    async def rerank(self, query: str, documents: Mapping[str, str] | Sequence[str], top_k: int = 0) -> SearchResult:
+        """Order documents by the server's reranker: texts by id, or ids whose texts the index stores."""
+        request = messages.rerank_request(query, documents, top_k)
+        return messages.read_rerank(await self._call("rerank", self._stubs.rerank.Rerank, request))
+
+    async def server_info(self) -> ServerInfo:
+        """Return what serves, and its limits."""
+        request = pb.GetServerInfoRequest()
+        return messages.read_server_info(await self._call("server_info", self._stubs.info.GetServerInfo, request))
+
+    async def index(self) -> IndexInfo:
+        """Return what is searched."""
+        request = pb.GetIndexRequest()
+        return messages.read_index(await self._call("index", self._stubs.index.GetIndex, request))
+
+    async def _call(self, name: str, method: Callable[..., Awaitable[Response]], request: Message) -> Response:
+        give_up = time.monotonic() + self._to.timeout
+        attempt = 0
+        while True:
+            try:
+                return await method(request, timeout=max(0.0, give_up - time.monotonic()), metadata=self._to.metadata)
+            except grpc.RpcError as error:
+                pause = self._to.pause(error, attempt, give_up)
+                if pause is None:
+                    raise self._to.failed(name, error) from None
+            attempt += 1
+            await asyncio.sleep(pause)
+
+    async def _stream(self, name: str, method: Callable[..., Any], requests: Iterator[Any]) -> AsyncIterator[Any]:
+        try:
+            async for answer in method(requests, metadata=self._to.metadata):
+                yield _answered(name, self._to.target, answer)
+        except grpc.RpcError as error:
+            raise self._to.failed(name, error) from None
 
 
-def _top_k(top_k: int) -> int:
-    """Refuse here what the wire cannot carry; every other limit is the server's to judge."""
-    if not 0 <= top_k < 2**32:
-        raise ServeError(f"top_k: is {top_k}; give 1 or more")
-    return top_k
-
-
-def _texts(name: str, texts: Sequence[str]) -> Sequence[str]:
-    """Refuse a bare string: it is a sequence of texts of one letter each."""
-    if isinstance(texts, str):
-        raise ServeError(f"{name}: give a list of texts, not one text")
-    return texts
-
-
-def _rows(vectors: npt.ArrayLike | None) -> npt.NDArray[np.float32]:
-    rows = np.asarray(vectors, dtype=np.float32)
-    if rows.ndim != 2:
-        raise ServeError(f"batch_search: vectors of shape {rows.shape}; give (n, d)")
-    return rows
-
-
-def _vector(vector: npt.ArrayLike) -> pb.Vector:
-    numbers = np.asarray(vector, dtype=np.float32)
-    if numbers.ndim != 1:
-        raise ServeError(f"search: a vector of shape {numbers.shape}; give one of shape (d,)")
-    return to_message(numbers, pb.VECTOR_ENCODING_F32_LE)
-
-
-def _hits(hits: Iterable[pb.Hit]) -> tuple[Hit, ...]:
-    return tuple(Hit(hit.doc_id, hit.score, hit.rank) for hit in hits)
-
-
-def _timings(message: pb.Timings) -> Timings:
-    return Timings(message.tokenize_ns, message.queue_ns, message.encode_ns, message.search_ns, message.total_ns)
-
-
-def _encoder(message: pb.EncoderInfo) -> EncoderInfo:
-    return EncoderInfo(
-        message.name,
-        message.fingerprint,
-        message.space_fingerprint,
-        message.dimension,
-        message.max_length,
-        message.normalized,
-        message.precision,
-    )
+def _answered(name: str, target: str, answer: Any) -> Any:
+    if answer.WhichOneof("outcome") == "error":
+        raise ServeError(f"{name} at {target}: request {answer.tag}: {messages.explain_status(answer.error)}")
+    return answer

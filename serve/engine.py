@@ -1,4 +1,4 @@
-"""What the server serves: one query encoder and one index version, off the event loop."""
+"""What the server serves: one query encoder, one index, perhaps a reranker, all off the event loop."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import numpy as np
 
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side
-from retrieval_kd.runs import Ranking
 from serve.batcher import Encoded, MicroBatcher
 from serve.errors import NotReadyError
+from serve.indexes import DocumentSearcher, IndexHandle, IndexHost, IndexSource, StoreSource
 from serve.limits import Limits
+from serve.metrics import Metrics
 
 T = TypeVar("T")
 
 
-class QueryEncoder(Protocol):
+class TextEncoder(Protocol):
     """An encoder in two halves, so that tokenising does not wait for the model."""
 
     @property
@@ -39,34 +40,15 @@ class QueryEncoder(Protocol):
         """Return float32 ``[len(rows), d]``, a row's vector not depending on its batch."""
 
 
-class DocumentSearcher(Protocol):
-    """An index version, opened."""
+class Reranker(Protocol):
+    """Scores a query against texts, slowly and accurately."""
 
     @property
-    def card(self) -> EncoderCard:
-        """Return the document encoder's identity."""
+    def fingerprint(self) -> str:
+        """Return the sha256 over everything that changes a score."""
 
-    @property
-    def version(self) -> str:
-        """Return the version's id."""
-
-    @property
-    def kind(self) -> str:
-        """Return how the index is searched."""
-
-    @property
-    def count(self) -> int:
-        """Return the number of documents."""
-
-    @property
-    def dimension(self) -> int:
-        """Return the vector width."""
-
-    def search(self, vectors: Vectors, k: int) -> list[Ranking]:
-        """Return the best ``k`` documents for each row."""
-
-    def check_query_encoder(self, card: EncoderCard) -> None:
-        """Refuse an encoder of another space."""
+    def score(self, query: str, texts: Sequence[str]) -> Vectors:
+        """Return one logit for each text, float32 ``[len(texts)]``."""
 
 
 @dataclass(frozen=True)
@@ -79,86 +61,130 @@ class Embedded:
     encode_ns: int = 0
 
 
-@dataclass(frozen=True)
-class Found:
-    """One ranking for each query and the time it took, in nanoseconds."""
-
-    rankings: list[Ranking]
-    search_ns: int
-
-
 class Engine:
     """An encoder and the index it may search; used as ``async with`` on the loop that calls it."""
 
-    def __init__(self, encoder: QueryEncoder, searcher: DocumentSearcher, limits: Limits, threads: int) -> None:
-        """Pair the two; ``threads`` search and tokenise.
-
-        Raises:
-            EncoderMismatch: the encoder's vectors do not lie in the index's space.
-        """
-        searcher.check_query_encoder(encoder.card)
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        source: IndexSource,
+        limits: Limits,
+        threads: int,
+        metrics: Metrics | None = None,
+        reranker: Reranker | None = None,
+    ) -> None:
+        """Join the parts; the index is opened on entering. ``threads`` search and tokenise."""
         self.encoder = encoder
-        self.searcher = searcher
+        self.reranker = reranker
+        self.metrics = metrics or Metrics()
+        self.index = IndexHost(source, encoder.card, self.metrics)
         self._limits = limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
+        self._rerank_thread = ThreadPoolExecutor(1, thread_name_prefix="reranker")
         self._exit = AsyncExitStack()
 
     @classmethod
-    def open(cls, store: Path, encoder: Path, limits: Limits, threads: int | None = None) -> Engine:
-        """Load an exported encoder and the current version of an index store.
+    def open(
+        cls,
+        store: Path,
+        encoder: Path,
+        limits: Limits,
+        threads: int | None = None,
+        metrics: Metrics | None = None,
+        reranker: Path | None = None,
+    ) -> Engine:
+        """Load an exported encoder, and a reranker if one is named; the store is opened on entering.
 
         Args:
             store: The index store.
             encoder: Folder of the exported query encoder.
             limits: The server's limits.
             threads: Threads of the encoder and of the search pool; one for each core when None.
+            metrics: Counts what happens.
+            reranker: Folder of an exported reranker.
 
         Raises:
-            ArtifactError: one of the two is missing or torn.
-            EncoderMismatch: they do not share a space.
+            ArtifactError: a folder is missing or torn.
         """
-        from index.search import Searcher
         from retrieval_kd.encoders.onnx import OnnxEncoder
 
         return cls(
             OnnxEncoder.load(encoder, threads),
-            Searcher.open(store),
+            StoreSource(store),
             limits,
             threads or os.cpu_count() or 1,
+            metrics,
         )
 
     async def __aenter__(self) -> Self:
-        """Start the encoder thread and send one text the whole way, so that no caller pays for the first."""
-        self._batcher = await self._exit.enter_async_context(MicroBatcher(self.encoder.run, self._limits))
-        warm = await self.embed(["warm up"])
-        await self.search(warm.vectors, 1)
+        """Open and test the index, then send one text the whole way, so that no caller pays for the first.
+
+        Raises:
+            ArtifactError: the index is missing or torn, or fails its own test.
+            EncoderMismatch: the encoder's vectors do not lie in the index's space.
+        """
+        self._exit.callback(self._pool.shutdown)
+        self._exit.callback(self._rerank_thread.shutdown)
+        try:
+            await self.index.follow()
+            self._exit.callback(self.index.close)
+            self._batcher = await self._exit.enter_async_context(
+                MicroBatcher(self.encoder.run, self._limits, self.metrics)
+            )
+            warm = await self.embed(["warm up"])
+            with self.index.hold() as handle:
+                await self.on_index(handle, lambda searcher: searcher.search(warm.vectors, 1))
+        except BaseException:
+            await self._exit.aclose()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._exit.aclose()
-        self._pool.shutdown()
 
-    async def embed(self, texts: Sequence[str]) -> Embedded:
-        """Encode texts as queries.
+    async def embed(
+        self, texts: Sequence[str], side: Side = "query", seconds: float | None = None, turn: Side | None = None
+    ) -> Embedded:
+        """Encode texts.
+
+        Args:
+            texts: What to encode.
+            side: Whether they are queries or documents.
+            seconds: How long the caller waits; None if for ever.
+            turn: Whose turn they take: queries go first; ``side`` when None.
 
         Raises:
             OverloadedError: too much already waits for the encoder.
+            EncoderMismatch: the encoder does not encode that side.
         """
         if not texts:
             return Embedded(np.empty((0, self.encoder.card.dimension), dtype=np.float32))
         started = time.perf_counter_ns()
-        rows = await self._off_loop(lambda: self.encoder.tokenize(texts, "query"))
+        rows = await self._off_loop(lambda: self.encoder.tokenize(texts, side))
         tokenized = time.perf_counter_ns()
-        encoded: Encoded = await self._batcher.encode(rows)
+        left = None if seconds is None else seconds - (tokenized - started) / 1e9
+        encoded: Encoded = await self._batcher.encode(rows, turn or side, left)
         return Embedded(encoded.vectors, tokenized - started, encoded.queue_ns, encoded.encode_ns)
 
-    async def search(self, vectors: Vectors, k: int) -> Found:
-        """Rank documents against float32 ``[n, d]``, the best ``k`` for each row."""
-        started = time.perf_counter_ns()
-        rankings = await self._off_loop(lambda: self.searcher.search(vectors, k))
-        return Found(rankings, time.perf_counter_ns() - started)
+    async def on_index(self, handle: IndexHandle, work: Callable[[DocumentSearcher], T]) -> T:
+        """Run work that reads an index version; the version stays open until the thread is done with it.
+
+        A caller who is cancelled leaves the thread behind, and it must not find its files unmapped.
+        """
+        handle.acquire()
+        try:
+            running = self._pool.submit(work, handle.searcher)
+        except BaseException:
+            handle.release()
+            raise
+        running.add_done_callback(lambda _: handle.release())
+        return await asyncio.wrap_future(running)
+
+    async def rerank(self, reranker: Reranker, query: str, texts: Sequence[str]) -> Vectors:
+        """Score texts against a query, float32 ``[len(texts)]``."""
+        return await asyncio.get_running_loop().run_in_executor(self._rerank_thread, reranker.score, query, texts)
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         """Run on the pool; work that has not begun when the caller gives up never begins."""
@@ -166,7 +192,7 @@ class Engine:
 
 
 class EngineSlot:
-    """Where the servicers find the engine; empty while it loads and once it drains."""
+    """Where the servicers find the engine; empty while it loads."""
 
     def __init__(self) -> None:
         self._engine: Engine | None = None

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
-from grpc_status import rpc_status
 
-from retrieval_kd.errors import ServeError
+from retrieval_kd.errors import ArtifactError, EncoderMismatch, ServeError
 
 DOMAIN = "dense.retrieval"
 MAX_VIOLATIONS = 16
 """Details travel as metadata, which gRPC cuts at 8 KiB: 256 blank texts must not hide behind a size error."""
+MAX_MESSAGE_LETTERS = 1000
+"""A message may quote what the caller sent, and travels twice."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +55,35 @@ class NotReadyError(ServeError):
     """The server loads its index, or is about to stop."""
 
 
+class UnauthenticatedError(ServeError):
+    """The caller has not shown a token that the server knows."""
+
+
+class PermissionDeniedError(ServeError):
+    """The caller's token does not allow the call."""
+
+
+class UnknownError(ServeError):
+    """The request names a thing that does not exist."""
+
+    def __init__(self, kind: str, name: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.name = name
+
+
+class PreconditionError(ServeError):
+    """The request is sound, but not for what this server has loaded; ``subject`` names what it lacks."""
+
+    def __init__(self, subject: str, message: str) -> None:
+        super().__init__(message)
+        self.subject = subject
+
+
+class PublishError(ServeError):
+    """The store's pointer could not be moved; what was current is unchanged."""
+
+
 @dataclass(frozen=True)
 class _Row:
     code: grpc.StatusCode
@@ -65,30 +94,52 @@ _TABLE: dict[type[Exception], _Row] = {
     InvalidRequestError: _Row(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     OverloadedError: _Row(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
     NotReadyError: _Row(grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
+    UnauthenticatedError: _Row(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    PermissionDeniedError: _Row(grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    UnknownError: _Row(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+    PreconditionError: _Row(grpc.StatusCode.FAILED_PRECONDITION, "PRECONDITION_FAILED"),
+    EncoderMismatch: _Row(grpc.StatusCode.FAILED_PRECONDITION, "ENCODER_MISMATCH"),
+    PublishError: _Row(grpc.StatusCode.ABORTED, "PUBLISH_FAILED"),
+    ArtifactError: _Row(grpc.StatusCode.DATA_LOSS, "DAMAGED_INDEX"),
     TimeoutError: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
 }
 _INTERNAL = _Row(grpc.StatusCode.INTERNAL, "INTERNAL")
 
 
-def to_status(error: Exception) -> grpc.Status:
+def to_status(error: Exception, request_id: str = "") -> status_pb2.Status:
     """Return the status of a failed request; what is not in the table is logged and shown as an id only."""
     row = _TABLE.get(type(error), _INTERNAL)
     message = str(error)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=row.reason, domain=DOMAIN)]
-    if isinstance(error, InvalidRequestError):
-        details.append(_bad_request(error))
-    elif isinstance(error, OverloadedError):
-        details.append(_retry_info(error.retry_after))
-    elif isinstance(error, TimeoutError):
-        message = "the request's time ran out before it was answered; allow more time or send less at once"
-    elif row is _INTERNAL:
-        request_id = uuid.uuid4().hex
-        _log.error("request %s failed", request_id, exc_info=error)
-        message = f"internal error, request {request_id}; the server's log has the cause"
-    status = status_pb2.Status(code=row.code.value[0], message=message)
+    if request_id:
+        details.append(error_details_pb2.RequestInfo(request_id=request_id))
+    match error:
+        case InvalidRequestError():
+            details.append(_bad_request(error))
+        case OverloadedError():
+            details.append(_retry_info(error.retry_after))
+        case UnknownError():
+            details.append(error_details_pb2.ResourceInfo(resource_type=error.kind, resource_name=error.name))
+        case PreconditionError():
+            details.append(_precondition(error.subject, message))
+        case EncoderMismatch():
+            details.append(_precondition("encoder", message))
+        case TimeoutError():
+            message = "the request's time ran out before it was answered; allow more time or send less at once"
+        case _ if row is _INTERNAL:
+            _log.error("request %s failed", request_id, exc_info=error)
+            message = f"internal error, request {request_id}; the server's log has the cause"
+    status = status_pb2.Status(code=row.code.value[0], message=message[:MAX_MESSAGE_LETTERS])
     for detail in details:
         status.details.add().Pack(detail)
-    return rpc_status.to_status(status)
+    return status
+
+
+def _precondition(subject: str, description: str) -> error_details_pb2.PreconditionFailure:
+    violation = error_details_pb2.PreconditionFailure.Violation(
+        type="SERVER", subject=subject, description=description[:MAX_MESSAGE_LETTERS]
+    )
+    return error_details_pb2.PreconditionFailure(violations=[violation])
 
 
 def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:

@@ -1,52 +1,125 @@
-"""What happens around every call: a bound on calls, a deadline, and errors turned into statuses."""
+"""What happens around every call: counting, tracing, tokens, a bound on calls, a deadline, errors as statuses."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, cast
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import Any, TypeAlias, cast
 
 import grpc
+from google.rpc import status_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
 
+from serve.auth import Role, TokenFile, required_role
 from serve.errors import OverloadedError, to_status
 from serve.limits import Limits
+from serve.logs import ACCESS
+from serve.metrics import Metrics
+from serve.tracing import NoTracer, Tracer
 
-Answer = Callable[[object, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[object]]
-_OURS = "/dense.retrieval.v1."
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Answer = Callable[[object, Context], Awaitable[object]]
+Stream = Callable[[AsyncIterator[object], Context], AsyncIterator[object]]
+_HEALTH = "/grpc.health.v1.Health/"
+_REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 _RETRY_SECONDS = 0.1
+_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Wraps every unary call of our own services; health and reflection pass."""
+    """Wraps every call but those of the health service, which has to answer while all else is refused."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        metrics: Metrics | None = None,
+        tokens: TokenFile | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        """Guard calls by limits, and by tokens where there are some."""
         self._limits = limits
+        self._metrics = metrics or Metrics()
+        self._tokens = tokens
+        self._tracer = tracer or NoTracer()
         self._running = 0
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> Handler:
         """Return the call's handler with the guard around it."""
         handler = await continuation(handler_call_details)
-        if not handler_call_details.method.startswith(_OURS) or handler is None or handler.unary_unary is None:
+        method = handler_call_details.method
+        if handler is None or method.startswith(_HEALTH):
             return handler
-        guarded = self._guarded(cast("Answer", handler.unary_unary))
-        return grpc.unary_unary_rpc_method_handler(guarded, handler.request_deserializer, handler.response_serializer)
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(method, cast("Answer", handler.unary_unary)),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        return grpc.stream_stream_rpc_method_handler(
+            cast("Any", self._stream(method, cast("Stream", handler.stream_stream))),
+            handler.request_deserializer,
+            handler.response_serializer,
+        )
 
-    def _guarded(self, answer: Answer) -> Answer:
-        async def guarded(request: object, context: grpc.aio.ServicerContext[Any, Any]) -> object:
-            try:
-                with self._admitted():
-                    async with self._deadline(context.time_remaining()):
-                        return await answer(request, context)
-            except Exception as error:  # noqa: BLE001 - every failure becomes a status; cancellation is no Exception
-                status = to_status(error)
-            return await context.abort(status.code, status.details, status.trailing_metadata)
+    def _unary(self, method: str, answer: Answer) -> Answer:
+        # Opening and checking an index may take minutes: how long an administrator waits is theirs to say.
+        patient = required_role(method) is Role.ADMIN
+
+        async def guarded(request: object, context: Context) -> object:
+            remaining = context.time_remaining()
+            async with self._call(method, context, remaining if patient else self._limits.seconds_for(remaining)):
+                return await answer(request, context)
 
         return guarded
+
+    def _stream(self, method: str, answer: Stream) -> Stream:
+        async def guarded(requests: AsyncIterator[object], context: Context) -> AsyncIterator[object]:
+            async with self._call(method, context, context.time_remaining()):
+                async for response in answer(requests, context):
+                    yield response
+
+        return guarded
+
+    @contextlib.asynccontextmanager
+    async def _call(self, method: str, context: Context, seconds: float | None) -> AsyncIterator[None]:
+        metadata = tuple(cast("Iterable[tuple[str, str | bytes]]", context.invocation_metadata() or ()))
+        request_id = _request_id(metadata)
+        began = time.perf_counter()
+        code = "OK"
+        self._metrics.began()
+        try:
+            with self._tracer.span(method, metadata):
+                if self._tokens is not None:
+                    self._tokens.authorise(method, metadata)
+                with self._admitted():
+                    # A caller whose time is over gets no work started.
+                    if seconds is not None and seconds <= 0:
+                        raise TimeoutError
+                    async with asyncio.timeout(seconds):
+                        yield
+        except (asyncio.CancelledError, GeneratorExit):
+            code = "CANCELLED"
+            raise
+        except Exception as error:  # noqa: BLE001 - every failure becomes a status
+            status = to_status(error, request_id)
+            code = _CODES[status.code]
+            await _abort(context, status)
+        finally:
+            took = time.perf_counter() - began
+            self._metrics.ended(method, code, took)
+            if ACCESS.isEnabledFor(logging.INFO):
+                fields = {"method": method, "code": code, "ms": round(1e3 * took, 3), "request_id": request_id}
+                ACCESS.info("call", extra={"fields": fields})
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -58,9 +131,15 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         finally:
             self._running -= 1
 
-    def _deadline(self, remaining: float | None) -> asyncio.Timeout:
-        """Return the block's time limit; a caller whose time is over gets no work started."""
-        seconds = self._limits.seconds_for(remaining)
-        if seconds <= 0:
-            raise TimeoutError
-        return asyncio.timeout(seconds)
+
+def _request_id(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+    """Return the caller's ``x-request-id``, or a new one when it has none fit for a log."""
+    for key, value in metadata:
+        if key == "x-request-id" and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+async def _abort(context: Context, status: status_pb2.Status) -> None:
+    final = rpc_status.to_status(status)
+    await context.abort(final.code, final.details, final.trailing_metadata)

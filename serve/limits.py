@@ -22,6 +22,13 @@ class Limits:
         max_concurrent_requests: Requests the server works on at once.
         max_queued_texts: Texts that may wait for the encoder.
         max_queued_tokens: Tokens that may wait for the encoder.
+        max_rerank_documents: Documents in one Rerank, and the deepest second stage of a search.
+        max_filter_terms: Comparisons in one filter, and values in them together.
+        max_fields: Stored fields that one search may name.
+        max_set_members: Examples in one set expression.
+        max_write_documents: Documents in one upsert, ids in one delete.
+        max_stream_in_flight: Requests of one stream that are worked on at once.
+        max_effort: Each number that says how hard an approximate index looks.
     """
 
     max_batch_queries: int = 256
@@ -33,6 +40,13 @@ class Limits:
     max_concurrent_requests: int = 512
     max_queued_texts: int = 512
     max_queued_tokens: int = 64 * 2**10
+    max_rerank_documents: int = 100
+    max_filter_terms: int = 256
+    max_fields: int = 32
+    max_set_members: int = 64
+    max_write_documents: int = 256
+    max_stream_in_flight: int = 16
+    max_effort: int = 4096
 
     def seconds_for(self, remaining: float | None) -> float:
         """Return how many seconds a request may take whose caller waits ``remaining`` more (None: no deadline)."""

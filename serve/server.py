@@ -1,12 +1,12 @@
-"""The server's life: open the port, load, warm, serve, drain, stop."""
+"""One server process' life: open the port, load, warm, serve, follow the store, drain, stop."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,58 +14,91 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from retrieval_kd.errors import ServeError
+from serve.admin import add_admin_service
+from serve.auth import TokenFile
+from serve.config import ServeConfig
 from serve.engine import Engine, EngineSlot
 from serve.guard import Guard
-from serve.limits import Limits
-from serve.service import SERVICES, add_services
+from serve.indexes import watch
+from serve.logs import use_json
+from serve.metrics import Metrics, serve_metrics
+from serve.service import ADMIN_SERVICE, SERVICES, add_services
+from serve.tls import require_safe_address, server_credentials
+from serve.tracing import Tracer, open_tracer
 
 _log = logging.getLogger(__name__)
-_DRAIN_SECONDS = 10.0
-_HEALTH_NAMES = ("", *SERVICES)
+_LOOPBACK = "127.0.0.1"
+_CONNECTION_OPTIONS = [
+    ("grpc.max_concurrent_streams", 256),
+    # Behind a balancer that spreads connections, long-lived ones would keep new servers idle.
+    ("grpc.max_connection_age_ms", 30 * 60_000),
+    ("grpc.max_connection_age_grace_ms", 5 * 60_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
 
 
-def run_server(
-    store: Path,
-    encoder: Path,
-    host: str = "127.0.0.1",
-    port: int = 50051,
-    threads: int | None = None,
-    limits: Limits | None = None,
-    on_ready: Callable[[int], None] | None = None,
-) -> None:
-    """Serve the current version of an index store until SIGTERM or SIGINT.
+def run_server(config: ServeConfig, on_ready: Callable[[int], None] | None = None) -> None:
+    """Serve an index store until SIGTERM or SIGINT; SIGHUP makes it look at the store at once.
 
     Args:
-        store: The index store.
-        encoder: Folder of the exported query encoder.
-        host: Address to listen on; there is no encryption, so beyond the own machine put a proxy in front.
-        port: Port to listen on; 0 lets the system choose.
-        threads: Threads of the encoder and of the search pool; one for each core when None.
-        limits: What requests have to keep to; the defaults when None.
+        config: How to run; ``workers`` is for :func:`serve.workers.run_workers`.
         on_ready: Called with the bound port once requests are answered.
 
     Raises:
-        ServeError: the port cannot be opened.
+        ServeError: the port cannot be opened, or is reachable by others in plain text.
         ArtifactError: index or encoder are missing or torn.
         EncoderMismatch: the encoder's vectors do not lie in the index's space.
     """
-    kept = limits or Limits()
 
     async def main() -> None:
-        stop = asyncio.Event()
+        stop, reload = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(name, stop.set)
-        await serve(lambda: Engine.open(store, encoder, kept, threads), stop, host, port, kept, on_ready)
+            loop.add_signal_handler(name, stop.set)
+        loop.add_signal_handler(signal.SIGHUP, reload.set)
+        metrics = Metrics()
 
+        def load() -> Engine:
+            return Engine.open(config.store, config.encoder, config.limits, config.threads, metrics, config.reranker)
+
+        await serve(load, stop, config, metrics, reload, on_ready)
+
+    if config.json_logs:
+        use_json()
     asyncio.run(main())
+
+
+async def check(config: ServeConfig) -> dict[str, Any]:
+    """Open everything that serving would open, test it, and return what was found; no port is opened.
+
+    Raises:
+        RkdError: what would keep the server from serving.
+    """
+    require_safe_address(config.host, config.tls, config.insecure)
+    if config.tls is not None:
+        server_credentials(config.tls)
+    if config.tokens is not None:
+        TokenFile(config.tokens)
+    async with Engine.open(
+        config.store, config.encoder, config.limits, config.threads, None, config.reranker
+    ) as engine:
+        searcher = engine.index.searcher
+        return {
+            "index_version": searcher.version,
+            "kind": searcher.kind,
+            "documents": searcher.count,
+            "dimension": searcher.dimension,
+            "query_encoder": engine.encoder.card.fingerprint,
+            "reranker": engine.reranker.fingerprint if engine.reranker is not None else None,
+        }
 
 
 async def serve(
     load: Callable[[], Engine],
     stop: asyncio.Event,
-    host: str = "127.0.0.1",
-    port: int = 50051,
-    limits: Limits | None = None,
+    config: ServeConfig,
+    metrics: Metrics | None = None,
+    reload: asyncio.Event | None = None,
     on_ready: Callable[[int], None] | None = None,
 ) -> None:
     """Serve what ``load`` returns until ``stop`` is set, then finish the calls in flight.
@@ -77,38 +110,72 @@ async def serve(
         ServeError: the port cannot be opened.
         RkdError: whatever ``load`` raises.
     """
-    limits = limits or Limits()
-    # Without so_reuseport=0 a second server on the same port starts in silence and takes half of the calls.
-    server = grpc.aio.server(
-        interceptors=[Guard(limits)], options=[("grpc.so_reuseport", 0), *limits.message_options()]
-    )
+    require_safe_address(config.host, config.tls, config.insecure)
+    metrics = metrics or Metrics()
     slot = EngineSlot()
-    add_services(server, slot, limits)
-    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    async with contextlib.AsyncExitStack() as stack:
+        tracer = open_tracer(config.trace)
+        stack.callback(tracer.close)
+        checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        servers, bound = _open_servers(config, slot, checks, metrics, tracer)
+        await _announce(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
+        if config.metrics_port is not None and not config.reuse_port:
+            stack.callback(serve_metrics(metrics.registry, config.metrics_host, config.metrics_port).shutdown)
+        for server in servers:
+            stack.push_async_callback(server.stop, None)
+            await server.start()
+        engine = await stack.enter_async_context(await asyncio.to_thread(load))
+        slot.put(engine)
+        watching = asyncio.create_task(watch(engine.index, config.poll_seconds, reload or asyncio.Event()))
+        stack.callback(watching.cancel)
+        await _announce(checks, health_pb2.HealthCheckResponse.SERVING)
+        _log.info("serving on %s:%d", config.host, bound)
+        if on_ready is not None:
+            on_ready(bound)
+        await stop.wait()
+        _log.info("draining")
+        await checks.enter_graceful_shutdown()
+        await asyncio.sleep(config.drain_delay)
+        await asyncio.gather(*(server.stop(config.drain_seconds) for server in servers))
+
+
+def _open_servers(
+    config: ServeConfig, slot: EngineSlot, checks: Any, metrics: Metrics, tracer: Tracer
+) -> tuple[list[grpc.aio.Server], int]:
+    """Return the main server, and one for the administration if that has a port of its own."""
+    tokens = TokenFile(config.tokens) if config.tokens is not None else None
+    guard = Guard(config.limits, metrics, tokens, tracer)
+    # Without so_reuseport=0 a second server on the same port starts in silence and takes half of the calls.
+    options = [
+        ("grpc.so_reuseport", int(config.reuse_port)),
+        *_CONNECTION_OPTIONS,
+        *config.limits.message_options(),
+    ]
+    server = grpc.aio.server(interceptors=[guard], options=options)
+    add_services(server, slot, config.limits, tracer)
+    names = [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    if tokens is not None:
+        add_admin_service(server, slot, config.limits)
+        names.append(ADMIN_SERVICE)
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    await _announce(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
-    reflection.enable_server_reflection([*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    bound = _bind(server, host, port)
-    await server.start()
-    try:
-        async with await asyncio.to_thread(load) as engine:
-            slot.put(engine)
-            await _announce(checks, health_pb2.HealthCheckResponse.SERVING)
-            _log.info("serving index %s on %s:%d", engine.searcher.version, host, bound)
-            if on_ready is not None:
-                on_ready(bound)
-            await stop.wait()
-            _log.info("draining")
-            await checks.enter_graceful_shutdown()
-            await server.stop(_DRAIN_SECONDS)
-    finally:
-        await server.stop(None)
+    reflection.enable_server_reflection(names, server)
+    bound = _bind(server, config, config.host, config.port)
+    servers = [server]
+    if config.admin_port is not None:
+        admin = grpc.aio.server(interceptors=[guard], options=options)
+        add_admin_service(admin, slot, config.limits)
+        health_pb2_grpc.add_HealthServicer_to_server(checks, admin)
+        _bind(admin, config, _LOOPBACK, config.admin_port)
+        servers.append(admin)
+    return servers, bound
 
 
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+def _bind(server: grpc.aio.Server, config: ServeConfig, host: str, port: int) -> int:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        return server.add_insecure_port(address)
+        if config.tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, server_credentials(config.tls))
     except RuntimeError:
         raise ServeError(
             f"cannot listen on {address}: the port is taken or the address is not this machine's; give another one"
@@ -116,5 +183,5 @@ def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
 
 
 async def _announce(checks: Any, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-    for name in _HEALTH_NAMES:
+    for name in ("", *SERVICES, ADMIN_SERVICE):
         await checks.set(name, status)

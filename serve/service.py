@@ -1,11 +1,12 @@
-"""The servicers: messages in, the engine's work, messages out; no logic of their own."""
+"""The servicers: messages in, the engine's work, messages out."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -13,84 +14,195 @@ import numpy as np
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd import __version__
-from retrieval_kd.encoders.card import EncoderCard
-from retrieval_kd.runs import Ranking
-from serve.engine import Embedded, Engine, EngineSlot
-from serve.errors import InvalidRequestError, Violation
+from retrieval_kd.encoders.base import Vectors
+from retrieval_kd.encoders.card import EncoderCard, Side
+from retrieval_kd.errors import DataError
+from retrieval_kd.runs import Ranking, rank
+from serve.engine import Embedded, Engine, EngineSlot, Reranker
+from serve.errors import InvalidRequestError, OverloadedError, PreconditionError, UnknownError, Violation, to_status
+from serve.filters import filter_from_message
+from serve.indexes import DocumentSearcher, IndexHandle
 from serve.limits import Limits
-from serve.validate import AnyQuery, batch_search_violations, embed_violations, search_violations
+from serve.streams import in_order
+from serve.tracing import Tracer
+from serve.validate import (
+    AnyQuery,
+    batch_search_violations,
+    embed_violations,
+    rerank_violations,
+    search_violations,
+)
 from serve.vectors import from_message, to_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
-SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
+Response = TypeVar("Response")
+Fields = Sequence[Mapping[str, Any]]
+ADMIN_SERVICE = "dense.retrieval.v1.IndexAdminService"
+SERVICES = tuple(
+    service.full_name for service in pb.DESCRIPTOR.services_by_name.values() if service.full_name != ADMIN_SERVICE
+)
+TEXT_FIELDS = ("title", "text")
+_SIDES: Mapping[int, Side] = {pb.INPUT_TYPE_DOCUMENT: "document"}
 
 
-def add_services(server: grpc.aio.Server, slot: EngineSlot, limits: Limits) -> None:
-    """Register every service of ``dense.retrieval.v1``."""
-    rpc.add_RetrievalServiceServicer_to_server(Retrieval(slot, limits), server)
-    rpc.add_EmbeddingServiceServicer_to_server(Embedding(slot, limits), server)
+def add_services(server: grpc.aio.Server, slot: EngineSlot, limits: Limits, tracer: Tracer) -> None:
+    """Register every service of ``dense.retrieval.v1`` but the administration."""
+    rpc.add_RetrievalServiceServicer_to_server(Retrieval(slot, limits, tracer), server)
+    rpc.add_RerankServiceServicer_to_server(Rerank(slot, limits, tracer), server)
+    rpc.add_EmbeddingServiceServicer_to_server(Embedding(slot, limits, tracer), server)
     rpc.add_IndexServiceServicer_to_server(Index(slot), server)
     rpc.add_ServerInfoServiceServicer_to_server(ServerInfo(slot, limits), server)
 
 
-class Retrieval(rpc.RetrievalServiceServicer):
-    """Search and BatchSearch: one path, so a query's ranking does not depend on which of them asked."""
-
-    def __init__(self, slot: EngineSlot, limits: Limits) -> None:
+class _Servicer:
+    def __init__(self, slot: EngineSlot, limits: Limits, tracer: Tracer) -> None:
         self._slot = slot
         self._limits = limits
+        self._tracer = tracer
+
+    def _finish(self, timings: pb.Timings, arrived: int) -> None:
+        """Close the timings and hand them to metrics and traces."""
+        timings.total_ns = time.perf_counter_ns() - arrived
+        stages = {name: getattr(timings, f"{name}_ns") for name in ("tokenize", "queue", "encode", "search", "rescore")}
+        for name, nanoseconds in stages.items():
+            self._slot.engine.metrics.stage(name, nanoseconds)
+        self._tracer.stages(stages)
+
+    async def _patiently(self, work: Callable[[float], Awaitable[Response]], context: Context) -> Response | Exception:
+        """Answer one request of a stream: it waits where a single call would be refused, and fails alone."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self._limits.seconds_for(context.time_remaining())
+        try:
+            async with asyncio.timeout_at(give_up):
+                while True:
+                    try:
+                        return await work(give_up - loop.time())
+                    except OverloadedError as busy:
+                        await asyncio.sleep(busy.retry_after)
+        except Exception as error:  # noqa: BLE001 - every failure becomes the request's own status
+            return error
+
+
+class Retrieval(_Servicer, rpc.RetrievalServiceServicer):
+    """Search, alone, in a batch and in a stream: one path, so a ranking does not depend on which of them asked."""
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
         """Rank documents against one query."""
-        arrived = time.perf_counter_ns()
-        engine = self._slot.engine
-        _refuse(search_violations(request, self._limits, engine.searcher.dimension))
-        (ranking,), timings = await _rank(engine, [request], request.top_k)
-        timings.total_ns = time.perf_counter_ns() - arrived
-        return pb.SearchResponse(
-            hits=_hits(ranking),
-            index_version=engine.searcher.version,
-            query_encoder=engine.encoder.card.fingerprint,
-            timings=timings,
-        )
+        return await self._search(request, self._limits.seconds_for(context.time_remaining()))
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:  # noqa: N802
         """Rank documents against many queries."""
         arrived = time.perf_counter_ns()
         engine = self._slot.engine
-        _refuse(batch_search_violations(request, self._limits, engine.searcher.dimension))
-        rankings, timings = await _rank(engine, request.queries, request.top_k)
-        response = pb.BatchSearchResponse(
-            results=[pb.SearchResult(hits=_hits(ranking)) for ranking in rankings],
-            index_version=engine.searcher.version,
-            query_encoder=engine.encoder.card.fingerprint,
-            timings=timings,
-        )
-        response.timings.total_ns = time.perf_counter_ns() - arrived
+        with engine.index.hold() as handle:
+            _refuse(batch_search_violations(request, self._limits, handle.searcher.dimension))
+            seconds = self._limits.seconds_for(context.time_remaining())
+            ranked = await _rank(engine, handle, request.queries, request.top_k, request.options, seconds)
+            response = pb.BatchSearchResponse(
+                results=[
+                    pb.SearchResult(hits=_hits(*pair)) for pair in zip(ranked.rankings, ranked.fields, strict=True)
+                ],
+                index_version=handle.searcher.version,
+                query_encoder=engine.encoder.card.fingerprint,
+                timings=ranked.timings,
+            )
+        self._finish(response.timings, arrived)
         _refuse(_size_violations(response.ByteSize(), self._limits))
         return response
 
+    async def StreamSearch(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.StreamSearchRequest], context: Context
+    ) -> AsyncIterator[pb.StreamSearchResponse]:
+        """Rank documents against queries as they come."""
 
-class Embedding(rpc.EmbeddingServiceServicer):
-    """Texts to vectors."""
+        async def answer(item: pb.StreamSearchRequest) -> pb.StreamSearchResponse:
+            outcome = await self._patiently(lambda seconds: self._search(item.search, seconds), context)
+            if isinstance(outcome, Exception):
+                return pb.StreamSearchResponse(tag=item.tag, error=to_status(outcome))
+            return pb.StreamSearchResponse(tag=item.tag, response=outcome)
 
-    def __init__(self, slot: EngineSlot, limits: Limits) -> None:
-        self._slot = slot
-        self._limits = limits
+        async for response in in_order(request_iterator, answer, self._limits.max_stream_in_flight):
+            yield response
 
-    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
-        """Encode texts as queries."""
+    async def _search(self, request: pb.SearchRequest, seconds: float) -> pb.SearchResponse:
         arrived = time.perf_counter_ns()
         engine = self._slot.engine
+        with engine.index.hold() as handle:
+            _refuse(search_violations(request, self._limits, handle.searcher.dimension))
+            ranked = await _rank(engine, handle, [request], request.top_k, request.options, seconds)
+            response = pb.SearchResponse(
+                hits=_hits(ranked.rankings[0], ranked.fields[0]),
+                index_version=handle.searcher.version,
+                query_encoder=engine.encoder.card.fingerprint,
+                timings=ranked.timings,
+            )
+        self._finish(response.timings, arrived)
+        if request.options.fields:
+            _refuse(_size_violations(response.ByteSize(), self._limits))
+        return response
+
+
+class Rerank(_Servicer, rpc.RerankServiceServicer):
+    """The second stage by itself."""
+
+    async def Rerank(self, request: pb.RerankRequest, context: Context) -> pb.RerankResponse:  # noqa: N802
+        """Order documents by the reranker's score."""
+        arrived = time.perf_counter_ns()
+        engine = self._slot.engine
+        reranker = _reranker(engine)
+        _refuse(rerank_violations(request, self._limits))
+        texts = {document.doc_id: document.text for document in request.documents}
+        stored = [doc_id for doc_id, text in texts.items() if not text]
+        with engine.index.hold() as handle:
+            version = handle.searcher.version
+            if stored:
+                texts |= await engine.on_index(handle, lambda searcher: _stored_texts(searcher, stored))
+        started = time.perf_counter_ns()
+        logits = await engine.rerank(reranker, request.query, list(texts.values()))
+        timings = pb.Timings(rescore_ns=time.perf_counter_ns() - started)
+        ranking = rank(list(texts), logits, request.top_k or None)
+        self._finish(timings, arrived)
+        return pb.RerankResponse(
+            hits=_hits(ranking, None), index_version=version, reranker=reranker.fingerprint, timings=timings
+        )
+
+
+class Embedding(_Servicer, rpc.EmbeddingServiceServicer):
+    """Texts to vectors."""
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:  # noqa: N802
+        """Encode texts."""
+        side = _SIDES.get(request.input_type, "query")
+        return await self._embed(request, side, side, self._limits.seconds_for(context.time_remaining()))
+
+    async def StreamEmbed(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.StreamEmbedRequest], context: Context
+    ) -> AsyncIterator[pb.StreamEmbedResponse]:
+        """Encode texts as they come, after the queries of others."""
+
+        async def answer(item: pb.StreamEmbedRequest) -> pb.StreamEmbedResponse:
+            side = _SIDES.get(item.embed.input_type, "query")
+            outcome = await self._patiently(lambda seconds: self._embed(item.embed, side, "document", seconds), context)
+            if isinstance(outcome, Exception):
+                return pb.StreamEmbedResponse(tag=item.tag, error=to_status(outcome))
+            return pb.StreamEmbedResponse(tag=item.tag, response=outcome)
+
+        async for response in in_order(request_iterator, answer, self._limits.max_stream_in_flight):
+            yield response
+
+    async def _embed(self, request: pb.EmbedRequest, side: Side, turn: Side, seconds: float) -> pb.EmbedResponse:
+        arrived = time.perf_counter_ns()
+        engine = self._slot.engine
+        version = engine.index.searcher.version
         _refuse(embed_violations(request, self._limits))
-        embedded = await engine.embed(request.texts)
-        timings = _timings(embedded)
+        embedded = await engine.embed(request.texts, side, seconds, turn)
         response = pb.EmbedResponse(
             vectors=[to_message(vector, request.vector_encoding) for vector in embedded.vectors],
             query_encoder=engine.encoder.card.fingerprint,
-            timings=timings,
+            timings=_timings(embedded),
+            index_version=version,
         )
-        response.timings.total_ns = time.perf_counter_ns() - arrived
+        self._finish(response.timings, arrived)
         return response
 
 
@@ -100,9 +212,28 @@ class Index(rpc.IndexServiceServicer):
     def __init__(self, slot: EngineSlot) -> None:
         self._slot = slot
 
+    async def ListIndexes(self, request: pb.ListIndexesRequest, context: Context) -> pb.ListIndexesResponse:  # noqa: N802
+        """Describe every version of the store."""
+        host = self._slot.engine.index
+        versions = await host.versions()
+        served = host.searcher.version
+        return pb.ListIndexesResponse(
+            indexes=[
+                pb.IndexSummary(
+                    index_version=one.version,
+                    serving=one.version == served,
+                    created_at=one.created_at,
+                    kind=one.kind,
+                    document_count=one.count,
+                    dimension=one.dimension,
+                )
+                for one in versions
+            ]
+        )
+
     async def GetIndex(self, request: pb.GetIndexRequest, context: Context) -> pb.GetIndexResponse:  # noqa: N802
         """Describe the index version being searched."""
-        searcher = self._slot.engine.searcher
+        searcher = self._slot.engine.index.searcher
         return pb.GetIndexResponse(
             index_version=searcher.version,
             kind=searcher.kind,
@@ -121,21 +252,148 @@ class ServerInfo(rpc.ServerInfoServiceServicer):
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: Context) -> pb.GetServerInfoResponse:  # noqa: N802
         """Describe the server, its query encoder and its limits."""
+        engine = self._slot.engine
         return pb.GetServerInfoResponse(
             server_version=__version__,
-            query_encoder=_encoder_info(self._slot.engine.encoder.card),
+            query_encoder=_encoder_info(engine.encoder.card),
             limits=pb.Limits(**asdict(self._limits)),
+            index_version=engine.index.searcher.version,
+            reranker=engine.reranker.fingerprint if engine.reranker is not None else "",
         )
 
 
-async def _rank(engine: Engine, queries: Sequence[AnyQuery], k: int) -> tuple[list[Ranking], pb.Timings]:
-    embedded = await engine.embed([query.text for query in queries if query.HasField("text")])
+class _Ranked:
+    """One ranking and its hits' fields for each query, and where the time went."""
+
+    def __init__(self, rankings: list[Ranking], fields: Sequence[Fields | None], timings: pb.Timings) -> None:
+        self.rankings = rankings
+        self.fields = fields
+        self.timings = timings
+
+
+async def _rank(
+    engine: Engine,
+    handle: IndexHandle,
+    queries: Sequence[AnyQuery],
+    k: int,
+    options: pb.SearchOptions,
+    seconds: float,
+) -> _Ranked:
+    reranker = _reranker(engine) if options.rerank_depth else None
+    embedded = await engine.embed([text for query in queries for text in _texts(query)], "query", seconds)
     encoded = iter(embedded.vectors)
-    vectors = np.stack([next(encoded) if query.HasField("text") else from_message(query.vector) for query in queries])
-    found = await engine.search(vectors, k)
+    vectors = np.stack([_vector(query, encoded) for query in queries])
+    if any(query.WhichOneof("query") == "sets" for query in queries):
+        _refuse(_cancelled_out(vectors))
     timings = _timings(embedded)
-    timings.search_ns = found.search_ns
-    return found.rankings, timings
+    started = time.perf_counter_ns()
+    depth = max(k, options.rerank_depth)
+    rankings = await engine.on_index(handle, lambda searcher: _search(searcher, vectors, depth, options))
+    timings.search_ns = time.perf_counter_ns() - started
+    if reranker is not None:
+        started = time.perf_counter_ns()
+        rankings = [
+            await _reranked(engine, reranker, handle, query.text, ranking, k)
+            for query, ranking in zip(queries, rankings, strict=True)
+        ]
+        timings.rescore_ns = time.perf_counter_ns() - started
+    fields: Sequence[Fields | None] = [None] * len(rankings)
+    if options.fields:
+        fields = await engine.on_index(handle, lambda searcher: _fields(searcher, rankings, options.fields))
+    return _Ranked(rankings, fields, timings)
+
+
+def _search(searcher: DocumentSearcher, vectors: Vectors, k: int, options: pb.SearchOptions) -> list[Ranking]:
+    effort = None
+    if options.HasField("effort"):
+        effort = replace(searcher.effort, **{field.name: number for field, number in options.effort.ListFields()})
+    if not options.HasField("filter"):
+        return searcher.search(vectors, k, exact=options.exact, effort=effort)
+    try:
+        wanted = filter_from_message(options.filter)
+        return searcher.search(vectors, k, exact=options.exact, filter=wanted, effort=effort)
+    except DataError as error:
+        raise InvalidRequestError([Violation("options.filter", str(error))]) from error
+
+
+def _fields(searcher: DocumentSearcher, rankings: Sequence[Ranking], wanted: Sequence[str]) -> Sequence[Fields]:
+    names = list(searcher.field_types) if "*" in wanted else list(wanted)
+    try:
+        return [searcher.fields(ranking.doc_ids, names) for ranking in rankings]
+    except DataError as error:
+        raise InvalidRequestError([Violation("options.fields", str(error))]) from error
+
+
+async def _reranked(
+    engine: Engine, reranker: Reranker, handle: IndexHandle, query: str, ranking: Ranking, k: int
+) -> Ranking:
+    if not ranking.doc_ids:
+        return ranking
+    texts = await engine.on_index(handle, lambda searcher: _stored_texts(searcher, ranking.doc_ids))
+    logits = await engine.rerank(reranker, query, [texts[doc_id] for doc_id in ranking.doc_ids])
+    return rank(ranking.doc_ids, logits, k)
+
+
+def _stored_texts(searcher: DocumentSearcher, doc_ids: Sequence[str]) -> dict[str, str]:
+    """Return the stored title and text of documents, joined by a space as the encoder has read them."""
+    names = [name for name in TEXT_FIELDS if name in searcher.field_types]
+    try:
+        stored = searcher.fields(doc_ids, names)
+    except DataError as error:
+        raise PreconditionError("documents", f"the index cannot give their texts ({error}); send the texts") from error
+    texts = {}
+    for doc_id, fields in zip(doc_ids, stored, strict=True):
+        text = " ".join(str(fields[name]) for name in names if fields.get(name))
+        if not text:
+            raise UnknownError("dense.retrieval/text", doc_id, f"the index stores no text of {doc_id!r}; send it")
+        texts[doc_id] = text
+    return texts
+
+
+def _reranker(engine: Engine) -> Reranker:
+    if engine.reranker is None:
+        raise PreconditionError("reranker", "this server has no reranker; start it with --reranker")
+    return engine.reranker
+
+
+def _texts(query: AnyQuery) -> list[str]:
+    """Return what has to be encoded for a query."""
+    match query.WhichOneof("query"):
+        case "text":
+            return [query.text]
+        case "sets":
+            members = [member for term in query.sets.terms for member in term.members]
+            return [member.text for member in members if member.HasField("text")]
+        case _:
+            return []
+
+
+def _vector(query: AnyQuery, encoded: Iterator[Vectors]) -> Vectors:
+    """Return a query's vector, taking from ``encoded`` in the order of :func:`_texts`."""
+    match query.WhichOneof("query"):
+        case "text":
+            return next(encoded)
+        case "sets":
+            total = np.zeros(0)
+            for term in query.sets.terms:
+                members = [
+                    next(encoded) if member.HasField("text") else from_message(member.vector) for member in term.members
+                ]
+                mean = np.mean(np.asarray(members, dtype=np.float64), axis=0)
+                sign = -1.0 if term.operation == pb.SET_OPERATION_DIFFERENCE else 1.0
+                total = sign * mean if not len(total) else total + sign * mean
+            return total.astype(np.float32)
+        case _:
+            return from_message(query.vector)
+
+
+def _cancelled_out(vectors: Vectors) -> list[Violation]:
+    """A sum without direction would rank by rounding errors."""
+    return [
+        Violation(f"queries[{i}].sets", "its terms cancel each other out; no document is nearer than another")
+        for i, vector in enumerate(vectors)
+        if not (np.isfinite(vector).all() and np.linalg.norm(vector) > 1e-6)
+    ]
 
 
 def _refuse(violations: Sequence[Violation]) -> None:
@@ -155,9 +413,13 @@ def _size_violations(size: int, limits: Limits) -> list[Violation]:
     ]
 
 
-def _hits(ranking: Ranking) -> list[pb.Hit]:
+def _hits(ranking: Ranking, fields: Fields | None) -> list[pb.Hit]:
     pairs = zip(ranking.doc_ids, ranking.scores.tolist(), strict=True)
-    return [pb.Hit(doc_id=doc_id, score=score, rank=rank) for rank, (doc_id, score) in enumerate(pairs, start=1)]
+    hits = [pb.Hit(doc_id=doc_id, score=score, rank=rank) for rank, (doc_id, score) in enumerate(pairs, start=1)]
+    if fields is not None:
+        for hit, values in zip(hits, fields, strict=True):
+            hit.fields.update(values)
+    return hits
 
 
 def _timings(embedded: Embedded) -> pb.Timings:

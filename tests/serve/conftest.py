@@ -4,13 +4,16 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from serve_fakes import FakeEncoder, FakeSearcher, Running, Start
+from serve_fakes import FakeEncoder, FakeReranker, FakeSearcher, FakeSource, Running, Start
 
 from serve.client import RetrievalClient
+from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.limits import Limits
+from serve.metrics import Metrics
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +34,17 @@ def start(loop: asyncio.AbstractEventLoop) -> Iterator[Start]:
     with contextlib.ExitStack() as stack:
 
         def start(
-            encoder: FakeEncoder | None = None, searcher: FakeSearcher | None = None, limits: Limits | None = None
+            encoder: FakeEncoder | None = None,
+            searcher: FakeSearcher | FakeSource | None = None,
+            limits: Limits | None = None,
+            reranker: FakeReranker | None = None,
+            **options: object,
         ) -> Running:
             encoder, searcher, limits = encoder or FakeEncoder(), searcher or FakeSearcher(), limits or Limits()
-            running = Running(loop, lambda: Engine(encoder, searcher, limits, 2), limits)
+            source = searcher if isinstance(searcher, FakeSource) else FakeSource(searcher)
+            metrics = Metrics()
+            config = ServeConfig(Path("store"), Path("encoder"), port=0, limits=limits, **options)
+            running = Running(loop, lambda: Engine(encoder, source, limits, 2, metrics, reranker), config, metrics)
             assert running.ready.wait(20)
             if running.done.done():
                 running.done.result()

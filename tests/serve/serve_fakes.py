@@ -3,16 +3,22 @@
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 
+from index.filters import Filter
+from index.kinds import Effort
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side, require_same_space
+from retrieval_kd.errors import ArtifactError, DataError
 from retrieval_kd.runs import Ranking, rank
+from serve.config import ServeConfig
 from serve.engine import Engine
-from serve.limits import Limits
+from serve.indexes import VersionSummary
+from serve.metrics import Metrics
 from serve.server import run_server, serve
 
 DIMENSION = 16
@@ -48,7 +54,7 @@ class FakeEncoder:
 
     def tokenize(self, texts: Sequence[str], side: Side) -> list[list[int]]:
         """Give each word a number."""
-        assert side == "query"
+        self.card.prefix(side)
         self.threads.add(threading.current_thread().name)
         return [[int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) for word in text.split()] for text in texts]
 
@@ -74,40 +80,153 @@ class FakeEncoder:
 
 
 class FakeSearcher:
-    """Exact search over random documents, one query at a time."""
+    """Exact search over random documents, one query at a time; ``closed`` counts what let go of it."""
 
-    kind = "flat"
-    version = "0000000001-cafe"
+    kind = "exact"
     dimension = DIMENSION
+    effort = Effort(ef_search=64, probes=8, oversample=10)
+    field_types: ClassVar = {"title": "text", "text": "text", "number": "int"}
 
-    def __init__(self, count: int = 40, card: EncoderCard = CARD, id_format: str = "doc-{}") -> None:
+    def __init__(
+        self, count: int = 40, card: EncoderCard = CARD, id_format: str = "doc-{}", version: str = "0000000001-cafe"
+    ) -> None:
         self.card = card
-        self.count = count
+        self.version = version
         self.ids = [id_format.format(i) for i in range(count)]
-        self.vectors = np.random.default_rng(7).standard_normal((count, DIMENSION)).astype(np.float32)
+        self.vectors = np.random.default_rng([7, *version.encode()]).standard_normal((count, DIMENSION))
+        self.vectors = self.vectors.astype(np.float32)
+        self.stored = [{"title": f"title {i}", "text": f"text {i}", "number": i} for i in range(count)]
         self.threads = set()
+        self.efforts = []
+        self.closed = 0
+        self.broken = None
+        self.gate = threading.Event()
+        self.gate.set()
 
-    def search(self, vectors: Vectors, k: int) -> list[Ranking]:
-        """Rank all documents."""
+    @property
+    def count(self) -> int:
+        """Return the number of documents."""
+        return len(self.ids)
+
+    def search(
+        self,
+        vectors: Vectors,
+        k: int,
+        *,
+        exact: bool = False,
+        filter: Filter | None = None,  # noqa: A002
+        effort: Effort | None = None,
+    ) -> list[Ranking]:
+        """Rank all documents, or those whose number is the one the filter names."""
+        assert self.gate.wait(20)
+        assert not self.closed, "searched after it was closed"
         self.threads.add(threading.current_thread().name)
-        return [rank(self.ids, self.vectors @ vector, k) for vector in vectors]
+        self.efforts.append((exact, effort))
+        kept = range(self.count)
+        if filter is not None:
+            if filter.field not in self.field_types:
+                raise DataError(f"no field {filter.field!r} is stored")
+            kept = [i for i in kept if self.stored[i][filter.field] == filter.value]
+        ids = [self.ids[i] for i in kept]
+        return [rank(ids, self.vectors[list(kept)] @ vector, k) for vector in vectors]
+
+    def fields(self, doc_ids: Sequence[str], names: Sequence[str]) -> list[dict[str, object]]:
+        """Return stored fields."""
+        for name in names:
+            if name not in self.field_types:
+                raise DataError(f"no field {name!r} is stored")
+        rows = [self.stored[self.ids.index(doc_id)] for doc_id in doc_ids]
+        return [{name: row[name] for name in names if name in row} for row in rows]
+
+    def upsert(
+        self, ids: Sequence[str], vectors: Vectors, fields: Sequence[Mapping[str, object]] | None = None
+    ) -> None:
+        """Replace or add."""
+        if any(doc_id == "unwritable" for doc_id in ids):
+            raise DataError("field 'number' holds int")
+        self.delete(ids)
+        self.ids += ids
+        self.vectors = np.vstack([self.vectors, vectors])
+        self.stored += [dict(row) for row in fields or [{}] * len(ids)]
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove."""
+        kept = [i for i, doc_id in enumerate(self.ids) if doc_id not in set(ids)]
+        self.ids, self.stored = [self.ids[i] for i in kept], [self.stored[i] for i in kept]
+        self.vectors = self.vectors[kept]
 
     def check_query_encoder(self, card: EncoderCard) -> None:
         """Refuse another space."""
         require_same_space(card, self.card)
 
+    def self_test(self) -> None:
+        """Fail as told."""
+        if self.broken is not None:
+            raise self.broken
+
+    def close(self) -> None:
+        """Count."""
+        self.closed += 1
+
+
+class FakeSource:
+    """A store in memory: ``current`` may be set to any of its versions, as another process would publish it."""
+
+    def __init__(self, *searchers: FakeSearcher) -> None:
+        self.searchers = {searcher.version: searcher for searcher in searchers}
+        self.pointer = searchers[0].version
+        self.opened = []
+        self.read_only = False
+
+    def current(self) -> str:
+        """Return the pointer."""
+        return self.pointer
+
+    def versions(self) -> list[VersionSummary]:
+        """Return all."""
+        return [
+            VersionSummary(name, "2026-01-01T00:00:00+00:00", one.kind, one.count, one.dimension)
+            for name, one in sorted(self.searchers.items())
+        ]
+
+    def open(self, version: str) -> FakeSearcher:
+        """Open it anew, as a store would."""
+        self.opened.append(version)
+        searcher = self.searchers[version]
+        searcher.closed = 0
+        return searcher
+
+    def select(self, version: str) -> None:
+        """Move the pointer."""
+        if self.read_only:
+            raise ArtifactError("store: cannot write the index (Read-only file system)")
+        self.pointer = version
+
+
+class FakeReranker:
+    """Scores a text by how many letters it shares with the query."""
+
+    fingerprint = "reranked"
+
+    def score(self, query: str, texts: Sequence[str]) -> Vectors:
+        """Return one number for each text."""
+        return np.array([len(set(query) & set(text)) - len(text) / 1000 for text in texts], dtype=np.float32)
+
 
 class Running:
     """A server that answers, and how to stop it."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, load: Callable[[], Engine], limits: Limits) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, load: Callable[[], Engine], config: ServeConfig, metrics: Metrics
+    ) -> None:
         self._loop = loop
-        self.limits = limits
+        self.limits = config.limits
+        self.metrics = metrics
         self.port = 0
         self.ready = threading.Event()
-        self.stop_event = asyncio.Event()
+        self.stop_event, self.reload_event = asyncio.Event(), asyncio.Event()
         self.done = asyncio.run_coroutine_threadsafe(
-            serve(load, self.stop_event, port=0, limits=limits, on_ready=self._is_ready), loop
+            serve(load, self.stop_event, config, metrics, self.reload_event, self._is_ready), loop
         )
         self.done.add_done_callback(lambda _: self.ready.set())
 
@@ -119,6 +238,10 @@ class Running:
     def target(self) -> str:
         """Return where it listens."""
         return f"127.0.0.1:{self.port}"
+
+    def reload(self) -> None:
+        """Do what SIGHUP does."""
+        self._loop.call_soon_threadsafe(self.reload_event.set)
 
     def begin_stop(self) -> None:
         """Ask it to stop and return at once."""
@@ -146,11 +269,15 @@ if __name__ == "__main__":  # a server process for the tests of signals: serve_f
         return encode(rows)
 
     encoder.run = slowly
-    Engine.open = classmethod(lambda cls, store, folder, limits, threads: cls(encoder, FakeSearcher(), limits, 2))
+    Engine.open = classmethod(
+        lambda cls, store, folder, limits, threads, metrics, reranker: cls(
+            encoder, FakeSource(FakeSearcher()), limits, 2, metrics
+        )
+    )
     ready = Path(sys.argv[1])
 
     def tell(port: int) -> None:
         ready.with_suffix(".tmp").write_text(str(port))
         ready.with_suffix(".tmp").rename(ready)
 
-    run_server(Path("store"), Path("encoder"), port=0, on_ready=tell)
+    run_server(ServeConfig(Path("store"), Path("encoder"), port=0), tell)

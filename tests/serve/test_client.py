@@ -7,13 +7,15 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
-from serve_fakes import CARD, DIMENSION, FakeEncoder, FakeSearcher, Running, Start
+from serve_fakes import CARD, DIMENSION, FakeEncoder, FakeSearcher, FakeSource, Running, Start
 
 from retrieval_kd.errors import ServeError
 from serve.client import RetrievalClient
+from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.limits import Limits
 from serve.server import serve
@@ -67,7 +69,7 @@ def test_server_and_index_information(client: RetrievalClient) -> None:
     assert client.server_info().limits == Limits()
     assert client.server_info().query_encoder.fingerprint == CARD.fingerprint
     index = client.index()
-    assert (index.kind, index.document_count, index.dimension) == ("flat", 40, DIMENSION)
+    assert (index.kind, index.document_count, index.dimension) == ("exact", 40, DIMENSION)
     assert index.document_encoder.space_fingerprint == CARD.space_fingerprint
 
 
@@ -132,7 +134,7 @@ def test_a_slow_server_is_an_expired_deadline(client: RetrievalClient, encoder: 
 def test_overload_says_when_to_retry(start: Start, encoder: FakeEncoder) -> None:
     """Clients that retry at once keep the server overloaded."""
     running = start(encoder, limits=Limits(max_concurrent_requests=1))
-    with RetrievalClient(running.target) as client, ThreadPoolExecutor(1) as other:
+    with RetrievalClient(running.target, retries=0) as client, ThreadPoolExecutor(1) as other:
         encoder.gate.clear()
         encoder.busy.clear()
         stuck = other.submit(client.search, "a")
@@ -149,9 +151,10 @@ def test_waiting_ends_when_the_index_is_loaded_and_not_before(loop: asyncio.Abst
 
     def load() -> Engine:
         assert may_load.wait(20)
-        return Engine(FakeEncoder(), FakeSearcher(), limits, 1)
+        return Engine(FakeEncoder(), FakeSource(FakeSearcher()), limits, 1)
 
-    done = asyncio.run_coroutine_threadsafe(serve(load, stop, port=port, limits=limits), loop)
+    config = ServeConfig(Path("store"), Path("encoder"), port=port)
+    done = asyncio.run_coroutine_threadsafe(serve(load, stop, config), loop)
     try:
         with RetrievalClient(f"127.0.0.1:{port}") as client:
             with pytest.raises(ServeError, match=r"loading or stopping; ask again later; waited 0.5 s"):

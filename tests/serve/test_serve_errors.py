@@ -7,21 +7,33 @@ import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
+from retrieval_kd.errors import ArtifactError, EncoderMismatch
 from serve.errors import (
     MAX_VIOLATIONS,
     InvalidRequestError,
     NotReadyError,
     OverloadedError,
+    PermissionDeniedError,
+    PreconditionError,
+    PublishError,
+    UnauthenticatedError,
+    UnknownError,
     Violation,
     to_status,
 )
 
 
-def read(status: grpc.Status) -> dict[str, Message]:
-    raw = status_pb2.Status.FromString(dict(status.trailing_metadata)["grpc-status-details-bin"])
-    kinds = (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo)
+def read(status: status_pb2.Status) -> dict[str, Message]:
+    kinds = (
+        error_details_pb2.ErrorInfo,
+        error_details_pb2.BadRequest,
+        error_details_pb2.RetryInfo,
+        error_details_pb2.RequestInfo,
+        error_details_pb2.ResourceInfo,
+        error_details_pb2.PreconditionFailure,
+    )
     found = {}
-    for detail in raw.details:
+    for detail in status.details:
         for kind in kinds:
             message = kind()
             if detail.Unpack(message):
@@ -36,6 +48,13 @@ def read(status: grpc.Status) -> dict[str, Message]:
         (OverloadedError("full", 0.2), grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED"),
         (NotReadyError("loading"), grpc.StatusCode.UNAVAILABLE, "NOT_READY"),
         (TimeoutError(), grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
+        (UnauthenticatedError("no token"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+        (PermissionDeniedError("role"), grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+        (UnknownError("index", "v1", "no v1"), grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
+        (PreconditionError("reranker", "none"), grpc.StatusCode.FAILED_PRECONDITION, "PRECONDITION_FAILED"),
+        (EncoderMismatch("space"), grpc.StatusCode.FAILED_PRECONDITION, "ENCODER_MISMATCH"),
+        (PublishError("read-only"), grpc.StatusCode.ABORTED, "PUBLISH_FAILED"),
+        (ArtifactError("ids.npy: torn"), grpc.StatusCode.DATA_LOSS, "DAMAGED_INDEX"),
         (RuntimeError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
     ],
 )
@@ -43,7 +62,7 @@ def test_each_error_has_its_code_and_reason(error: Exception, code: grpc.StatusC
     """Clients branch on code and reason; a changed one changes what they retry."""
     status = to_status(error)
     info = read(status)["ErrorInfo"]
-    assert status.code is code
+    assert status.code == code.value[0]
     assert (info.reason, info.domain) == (reason, "dense.retrieval")
 
 
@@ -56,10 +75,11 @@ def test_retry_info_says_when_to_come_back() -> None:
 def test_internal_errors_show_an_id_and_log_the_cause(caplog: pytest.LogCaptureFixture) -> None:
     """A cause on the wire leaks paths and texts; a cause nowhere cannot be mended."""
     with caplog.at_level(logging.ERROR):
-        status = to_status(RuntimeError("secret"))
-    assert "secret" not in status.details
-    request_id = status.details.split("request ")[1].split(";")[0]
-    assert request_id in caplog.text
+        status = to_status(RuntimeError("secret"), "r-17")
+    assert "secret" not in status.message
+    assert "r-17" in status.message
+    assert read(status)["RequestInfo"].request_id == "r-17"
+    assert "r-17" in caplog.text
     assert "secret" in caplog.text
 
 
@@ -68,7 +88,15 @@ def test_details_stay_below_the_size_of_metadata() -> None:
     violations = [Violation(f"queries[{i}].vector.floats", "x" * 60) for i in range(256)]
     status = to_status(InvalidRequestError(violations))
     listed = read(status)["BadRequest"].field_violations
+    assert status.ByteSize() < 8192 // 2
     assert len(listed) == MAX_VIOLATIONS + 1
     assert listed[-1].description == f"{256 - MAX_VIOLATIONS} more violations"
-    assert status.details.endswith("and 253 more")
-    assert sum(len(key) + len(value) for key, value in status.trailing_metadata) + len(status.details) < 8192 // 2
+    assert status.message.endswith("and 253 more")
+
+
+def test_what_is_lacking_is_named_for_programs() -> None:
+    """Without the resource's name a program cannot tell a missing version from a missing document."""
+    missing = read(to_status(UnknownError("index_version", "0000000009-cafe", "no such version")))["ResourceInfo"]
+    assert (missing.resource_type, missing.resource_name) == ("index_version", "0000000009-cafe")
+    (lacking,) = read(to_status(EncoderMismatch("another space")))["PreconditionFailure"].violations
+    assert (lacking.subject, lacking.description) == ("encoder", "another space")

@@ -1,5 +1,6 @@
 """The real thing: MiniLM exported, 200 documents indexed, served, and compared with the offline ranking."""
 
+import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,9 @@ from retrieval_kd.export.parity import Probes
 from retrieval_kd.recipes.schema import EncoderSpec, ExportSpec, IndexSpec
 from retrieval_kd.runs import Ranking
 from serve.client import RetrievalClient, SearchResult
+from serve.config import ServeConfig
 from serve.engine import Engine
+from serve.indexes import StoreSource
 from serve.limits import Limits
 from serve.server import run_server
 
@@ -84,16 +87,21 @@ def test_served_rankings_are_the_offline_ones_alone_together_and_in_a_batch(worl
 
 def test_an_encoder_of_another_space_or_a_missing_index_is_refused(world: World, tmp_path: Path) -> None:
     """Both give a server that starts, and then ranks nonsense or nothing."""
-    with pytest.raises(ArtifactError, match="no index is published"):
-        Engine.open(tmp_path / "nowhere", world.encoder, Limits(), 1)
     encoder = OnnxEncoder.load(world.encoder, 1)
     encoder._card = STRANGER
     with pytest.raises(EncoderMismatch, match="query encoder 'stranger'"):
-        Engine(encoder, Searcher.open(world.store), Limits(), 1)
+        asyncio.run(enter(Engine(encoder, StoreSource(world.store), Limits(), 1)))
+    with pytest.raises(ArtifactError, match="no index is published"):
+        asyncio.run(enter(Engine(encoder, StoreSource(tmp_path / "nowhere"), Limits(), 1)))
+
+
+async def enter(engine: Engine) -> None:
+    async with engine:
+        raise AssertionError("it must not serve")
 
 
 def test_run_server_raises_what_the_command_line_shows(world: World, tmp_path: Path) -> None:
     """The command turns an RkdError into one line and exit code 1; anything else is a traceback."""
     assert threading.current_thread() is threading.main_thread()
     with pytest.raises(ArtifactError, match="no index is published"):
-        run_server(tmp_path / "nowhere", world.encoder, port=0, threads=1)
+        run_server(ServeConfig(tmp_path / "nowhere", world.encoder, port=0, threads=1))

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -15,15 +16,17 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
-from serve_fakes import CARD, DIMENSION, STRANGER, FakeEncoder, FakeSearcher, Running, Start
+from serve_fakes import CARD, DIMENSION, STRANGER, FakeEncoder, FakeSearcher, FakeSource, Running, Start
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd.errors import EncoderMismatch, ServeError
 from retrieval_kd.runs import Ranking
+from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.limits import Limits
 from serve.server import serve
+from serve.service import SERVICES
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -296,7 +299,7 @@ def test_index_and_server_describe_themselves(channel: grpc.Channel, server: Run
     index = rpc.IndexServiceStub(channel).GetIndex(pb.GetIndexRequest())
     assert (index.index_version, index.kind, index.document_count, index.dimension) == (
         searcher.version,
-        "flat",
+        "exact",
         searcher.count,
         DIMENSION,
     )
@@ -327,9 +330,13 @@ def test_reflection_lists_the_services_and_finds_their_file(channel: grpc.Channe
     ]
     listed, found = stub.ServerReflectionInfo(iter(requests))
     names = {service.name for service in listed.list_services_response.service}
-    assert names >= {f"dense.retrieval.v1.{name}" for name in pb.DESCRIPTOR.services_by_name}
+    assert names >= set(SERVICES)
     assert "grpc.health.v1.Health" in names
     assert found.file_descriptor_response.file_descriptor_proto
+
+
+def config_of(port: int) -> ServeConfig:
+    return ServeConfig(Path("store"), Path("encoder"), port=port)
 
 
 def free_port() -> int:
@@ -344,9 +351,9 @@ def test_while_loading_the_port_is_open_and_says_not_serving(loop: asyncio.Abstr
 
     def load() -> Engine:
         assert may_load.wait(20)
-        return Engine(FakeEncoder(), FakeSearcher(), limits, 1)
+        return Engine(FakeEncoder(), FakeSource(FakeSearcher()), limits, 1)
 
-    done = asyncio.run_coroutine_threadsafe(serve(load, stop, port=port, limits=limits), loop)
+    done = asyncio.run_coroutine_threadsafe(serve(load, stop, config_of(port)), loop)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             health = health_pb2_grpc.HealthStub(channel)
@@ -396,6 +403,6 @@ def test_a_taken_port_is_one_clear_error(server: Running, loop: asyncio.Abstract
     def load() -> Engine:
         raise AssertionError("must not load when the port is taken")
 
-    second = asyncio.run_coroutine_threadsafe(serve(load, asyncio.Event(), port=server.port), loop)
+    second = asyncio.run_coroutine_threadsafe(serve(load, asyncio.Event(), config_of(server.port)), loop)
     with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1:{server.port}: the port is taken"):
         second.result(20)

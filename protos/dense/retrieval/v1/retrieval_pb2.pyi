@@ -4,14 +4,17 @@ isort:skip_file
 Dense retrieval over gRPC: texts or vectors in, ranked document ids out.
 
 Failures carry google.rpc details: ErrorInfo{reason, domain "dense.retrieval"} always, BadRequest with
-every field violation at once for INVALID_ARGUMENT, RetryInfo where trying again can help.
+every field violation at once for INVALID_ARGUMENT, RetryInfo where trying again can help, ResourceInfo
+for NOT_FOUND, PreconditionFailure for FAILED_PRECONDITION.
 """
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -35,6 +38,8 @@ class _VectorEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Vector
     """Repeated float: readable from every language and from JSON."""
     VECTOR_ENCODING_F32_LE: _VectorEncoding.ValueType  # 2
     """Bytes of little-endian 32-bit floats: cheaper to read and write in bulk."""
+    VECTOR_ENCODING_F16_LE: _VectorEncoding.ValueType  # 3
+    """Bytes of little-endian 16-bit floats: half the size, about three decimal digits."""
 
 class VectorEncoding(_VectorEncoding, metaclass=_VectorEncodingEnumTypeWrapper):
     """How a vector travels."""
@@ -45,7 +50,57 @@ VECTOR_ENCODING_FLOATS: VectorEncoding.ValueType  # 1
 """Repeated float: readable from every language and from JSON."""
 VECTOR_ENCODING_F32_LE: VectorEncoding.ValueType  # 2
 """Bytes of little-endian 32-bit floats: cheaper to read and write in bulk."""
+VECTOR_ENCODING_F16_LE: VectorEncoding.ValueType  # 3
+"""Bytes of little-endian 16-bit floats: half the size, about three decimal digits."""
 Global___VectorEncoding: _TypeAlias = VectorEncoding  # noqa: Y015
+
+class _InputType:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InputTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InputType.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    INPUT_TYPE_UNSPECIFIED: _InputType.ValueType  # 0
+    """The server takes INPUT_TYPE_QUERY."""
+    INPUT_TYPE_QUERY: _InputType.ValueType  # 1
+    """Something that is searched for."""
+    INPUT_TYPE_DOCUMENT: _InputType.ValueType  # 2
+    """Something that is found; an encoder of queries alone refuses it with FAILED_PRECONDITION."""
+
+class InputType(_InputType, metaclass=_InputTypeEnumTypeWrapper):
+    """What a text is to the encoder."""
+
+INPUT_TYPE_UNSPECIFIED: InputType.ValueType  # 0
+"""The server takes INPUT_TYPE_QUERY."""
+INPUT_TYPE_QUERY: InputType.ValueType  # 1
+"""Something that is searched for."""
+INPUT_TYPE_DOCUMENT: InputType.ValueType  # 2
+"""Something that is found; an encoder of queries alone refuses it with FAILED_PRECONDITION."""
+Global___InputType: _TypeAlias = InputType  # noqa: Y015
+
+class _SetOperation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SetOperationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SetOperation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SET_OPERATION_UNSPECIFIED: _SetOperation.ValueType  # 0
+    """The server takes SET_OPERATION_INTERSECTION."""
+    SET_OPERATION_INTERSECTION: _SetOperation.ValueType  # 1
+    """Documents shall be like the set."""
+    SET_OPERATION_DIFFERENCE: _SetOperation.ValueType  # 2
+    """Documents shall be unlike the set."""
+
+class SetOperation(_SetOperation, metaclass=_SetOperationEnumTypeWrapper):
+    """What a set of examples does to a query."""
+
+SET_OPERATION_UNSPECIFIED: SetOperation.ValueType  # 0
+"""The server takes SET_OPERATION_INTERSECTION."""
+SET_OPERATION_INTERSECTION: SetOperation.ValueType  # 1
+"""Documents shall be like the set."""
+SET_OPERATION_DIFFERENCE: SetOperation.ValueType  # 2
+"""Documents shall be unlike the set."""
+Global___SetOperation: _TypeAlias = SetOperation  # noqa: Y015
 
 @_typing.final
 class FloatVector(_message.Message):
@@ -79,8 +134,11 @@ class Vector(_message.Message):
 
     FLOATS_FIELD_NUMBER: _builtins.int
     F32_LE_FIELD_NUMBER: _builtins.int
+    F16_LE_FIELD_NUMBER: _builtins.int
     f32_le: _builtins.bytes
     """IEEE 754 binary32, little endian, 4 bytes for each dimension."""
+    f16_le: _builtins.bytes
+    """IEEE 754 binary16, little endian, 2 bytes for each dimension."""
     @_builtins.property
     def floats(self) -> Global___FloatVector:
         """Plain numbers."""
@@ -90,16 +148,409 @@ class Vector(_message.Message):
         *,
         floats: Global___FloatVector | None = ...,
         f32_le: _builtins.bytes = ...,
+        f16_le: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "f32_le", b"f32_le", "floats", b"floats"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "f16_le", b"f16_le", "f32_le", b"f32_le", "floats", b"floats"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "f32_le", b"f32_le", "floats", b"floats"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "f16_le", b"f16_le", "f32_le", b"f32_le", "floats", b"floats"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_encoding: _TypeAlias = _typing.Literal["floats", "f32_le"]  # noqa: Y015
+    _WhichOneofReturnType_encoding: _TypeAlias = _typing.Literal["floats", "f32_le", "f16_le"]  # noqa: Y015
     _WhichOneofArgType_encoding: _TypeAlias = _typing.Literal["encoding", b"encoding"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_encoding) -> _WhichOneofReturnType_encoding | None: ...
 
 Global___Vector: _TypeAlias = Vector  # noqa: Y015
+
+@_typing.final
+class SetMember(_message.Message):
+    """One example of a set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """See Query.text."""
+    @_builtins.property
+    def vector(self) -> Global___Vector:
+        """See Query.vector."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        vector: Global___Vector | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["member", b"member", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_member: _TypeAlias = _typing.Literal["text", "vector"]  # noqa: Y015
+    _WhichOneofArgType_member: _TypeAlias = _typing.Literal["member", b"member"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_member) -> _WhichOneofReturnType_member | None: ...
+
+Global___SetMember: _TypeAlias = SetMember  # noqa: Y015
+
+@_typing.final
+class SetTerm(_message.Message):
+    """A set of examples and what it does."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    operation: Global___SetOperation.ValueType
+    """Whether documents shall be like the set or unlike it."""
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___SetMember]:
+        """At least one example."""
+
+    def __init__(
+        self,
+        *,
+        members: _abc.Iterable[Global___SetMember] | None = ...,
+        operation: Global___SetOperation.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members", "operation", b"operation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetTerm: _TypeAlias = SetTerm  # noqa: Y015
+
+@_typing.final
+class SetExpression(_message.Message):
+    """Sets combined as SetCSE does (arXiv 2404.17606): a document's score is the sum over the terms of its
+    mean dot product with the term's members, counted negative for a difference. The sum is linear, so the
+    server searches once, with the signed sum of the terms' mean vectors.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TERMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___SetTerm]:
+        """At least one term, and at most Limits.max_set_members members together."""
+
+    def __init__(
+        self,
+        *,
+        terms: _abc.Iterable[Global___SetTerm] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["terms", b"terms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetExpression: _TypeAlias = SetExpression  # noqa: Y015
+
+@_typing.final
+class FilterValue(_message.Message):
+    """A value that a stored field is compared with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    INTEGER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    BOOLEAN_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Text."""
+    integer: _builtins.int
+    """A whole number."""
+    number: _builtins.float
+    """Any number."""
+    boolean: _builtins.bool
+    """True or false."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        integer: _builtins.int = ...,
+        number: _builtins.float = ...,
+        boolean: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["boolean", b"boolean", "integer", b"integer", "number", b"number", "text", b"text", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["boolean", b"boolean", "integer", b"integer", "number", b"number", "text", b"text", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_value: _TypeAlias = _typing.Literal["text", "integer", "number", "boolean"]  # noqa: Y015
+    _WhichOneofArgType_value: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_value) -> _WhichOneofReturnType_value | None: ...
+
+Global___FilterValue: _TypeAlias = FilterValue  # noqa: Y015
+
+@_typing.final
+class FilterEquals(_message.Message):
+    """The field equals the value."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Name of the stored field."""
+    @_builtins.property
+    def value(self) -> Global___FilterValue:
+        """What it equals."""
+
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        value: Global___FilterValue | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterEquals: _TypeAlias = FilterEquals  # noqa: Y015
+
+@_typing.final
+class FilterIn(_message.Message):
+    """The field equals one of the values."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Name of the stored field."""
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___FilterValue]:
+        """At least one."""
+
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        values: _abc.Iterable[Global___FilterValue] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterIn: _TypeAlias = FilterIn  # noqa: Y015
+
+@_typing.final
+class FilterRange(_message.Message):
+    """The field lies between bounds; at least one is set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: _builtins.int
+    GT_FIELD_NUMBER: _builtins.int
+    GE_FIELD_NUMBER: _builtins.int
+    LT_FIELD_NUMBER: _builtins.int
+    LE_FIELD_NUMBER: _builtins.int
+    field: _builtins.str
+    """Name of the stored field."""
+    @_builtins.property
+    def gt(self) -> Global___FilterValue:
+        """Greater than."""
+
+    @_builtins.property
+    def ge(self) -> Global___FilterValue:
+        """Greater than or equal."""
+
+    @_builtins.property
+    def lt(self) -> Global___FilterValue:
+        """Less than."""
+
+    @_builtins.property
+    def le(self) -> Global___FilterValue:
+        """Less than or equal."""
+
+    def __init__(
+        self,
+        *,
+        field: _builtins.str = ...,
+        gt: Global___FilterValue | None = ...,
+        ge: Global___FilterValue | None = ...,
+        lt: Global___FilterValue | None = ...,
+        le: Global___FilterValue | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ge", b"ge", "gt", b"gt", "le", b"le", "lt", b"lt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "ge", b"ge", "gt", b"gt", "le", b"le", "lt", b"lt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterRange: _TypeAlias = FilterRange  # noqa: Y015
+
+@_typing.final
+class FilterList(_message.Message):
+    """Several filters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def filters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Filter]:
+        """At least one."""
+
+    def __init__(
+        self,
+        *,
+        filters: _abc.Iterable[Global___Filter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filters", b"filters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilterList: _TypeAlias = FilterList  # noqa: Y015
+
+@_typing.final
+class Filter(_message.Message):
+    """Which documents may be found. A document without the field matches no comparison."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EQUALS_FIELD_NUMBER: _builtins.int
+    AMONG_FIELD_NUMBER: _builtins.int
+    RANGE_FIELD_NUMBER: _builtins.int
+    ALL_OF_FIELD_NUMBER: _builtins.int
+    ANY_OF_FIELD_NUMBER: _builtins.int
+    NEGATED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def equals(self) -> Global___FilterEquals:
+        """Field equals value."""
+
+    @_builtins.property
+    def among(self) -> Global___FilterIn:
+        """Field equals one of several values."""
+
+    @_builtins.property
+    def range(self) -> Global___FilterRange:
+        """Field lies between bounds."""
+
+    @_builtins.property
+    def all_of(self) -> Global___FilterList:
+        """Every filter matches."""
+
+    @_builtins.property
+    def any_of(self) -> Global___FilterList:
+        """At least one filter matches."""
+
+    @_builtins.property
+    def negated(self) -> Global___Filter:
+        """The filter does not match."""
+
+    def __init__(
+        self,
+        *,
+        equals: Global___FilterEquals | None = ...,
+        among: Global___FilterIn | None = ...,
+        range: Global___FilterRange | None = ...,
+        all_of: Global___FilterList | None = ...,
+        any_of: Global___FilterList | None = ...,
+        negated: Global___Filter | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all_of", b"all_of", "among", b"among", "any_of", b"any_of", "condition", b"condition", "equals", b"equals", "negated", b"negated", "range", b"range"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_of", b"all_of", "among", b"among", "any_of", b"any_of", "condition", b"condition", "equals", b"equals", "negated", b"negated", "range", b"range"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_condition: _TypeAlias = _typing.Literal["equals", "among", "range", "all_of", "any_of", "negated"]  # noqa: Y015
+    _WhichOneofArgType_condition: _TypeAlias = _typing.Literal["condition", b"condition"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_condition) -> _WhichOneofReturnType_condition | None: ...
+
+Global___Filter: _TypeAlias = Filter  # noqa: Y015
+
+@_typing.final
+class SearchEffort(_message.Message):
+    """How hard an approximate index looks; each kind reads what concerns it. What is absent is as the index
+    was tuned; each number is 1 to Limits.max_effort.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EF_SEARCH_FIELD_NUMBER: _builtins.int
+    PROBES_FIELD_NUMBER: _builtins.int
+    OVERSAMPLE_FIELD_NUMBER: _builtins.int
+    ef_search: _builtins.int
+    """Nodes that a graph keeps in view."""
+    probes: _builtins.int
+    """Lists that are opened."""
+    oversample: _builtins.int
+    """Candidates scored for each document wanted."""
+    def __init__(
+        self,
+        *,
+        ef_search: _builtins.int | None = ...,
+        probes: _builtins.int | None = ...,
+        oversample: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_ef_search", b"_ef_search", "_oversample", b"_oversample", "_probes", b"_probes", "ef_search", b"ef_search", "oversample", b"oversample", "probes", b"probes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ef_search", b"_ef_search", "_oversample", b"_oversample", "_probes", b"_probes", "ef_search", b"ef_search", "oversample", b"oversample", "probes", b"probes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ef_search: _TypeAlias = _typing.Literal["ef_search"]  # noqa: Y015
+    _WhichOneofArgType__ef_search: _TypeAlias = _typing.Literal["_ef_search", b"_ef_search"]  # noqa: Y015
+    _WhichOneofReturnType__oversample: _TypeAlias = _typing.Literal["oversample"]  # noqa: Y015
+    _WhichOneofArgType__oversample: _TypeAlias = _typing.Literal["_oversample", b"_oversample"]  # noqa: Y015
+    _WhichOneofReturnType__probes: _TypeAlias = _typing.Literal["probes"]  # noqa: Y015
+    _WhichOneofArgType__probes: _TypeAlias = _typing.Literal["_probes", b"_probes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ef_search) -> _WhichOneofReturnType__ef_search | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__oversample) -> _WhichOneofReturnType__oversample | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__probes) -> _WhichOneofReturnType__probes | None: ...
+
+Global___SearchEffort: _TypeAlias = SearchEffort  # noqa: Y015
+
+@_typing.final
+class SearchOptions(_message.Message):
+    """How to search, the same for every query of a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    EFFORT_FIELD_NUMBER: _builtins.int
+    RERANK_DEPTH_FIELD_NUMBER: _builtins.int
+    exact: _builtins.bool
+    """Compare the query with every document, whatever the index's kind."""
+    rerank_depth: _builtins.int
+    """How many of the best documents the reranker orders again, at most Limits.max_rerank_documents; their
+    text must be stored. 0 reranks none.
+    """
+    @_builtins.property
+    def filter(self) -> Global___Filter:
+        """Only documents that match it are ranked; at most Limits.max_filter_terms comparisons."""
+
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Stored fields to return with each hit; "*" returns all. At most Limits.max_fields."""
+
+    @_builtins.property
+    def effort(self) -> Global___SearchEffort:
+        """How hard an approximate index looks."""
+
+    def __init__(
+        self,
+        *,
+        filter: Global___Filter | None = ...,
+        fields: _abc.Iterable[_builtins.str] | None = ...,
+        exact: _builtins.bool = ...,
+        effort: Global___SearchEffort | None = ...,
+        rerank_depth: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["effort", b"effort", "exact", b"exact", "fields", b"fields", "filter", b"filter", "rerank_depth", b"rerank_depth"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchOptions: _TypeAlias = SearchOptions  # noqa: Y015
 
 @_typing.final
 class Query(_message.Message):
@@ -109,6 +560,7 @@ class Query(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
+    SETS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """UTF-8 text, not blank, at most Limits.max_text_bytes bytes; what lies beyond the encoder's
     max_length tokens is not read.
@@ -119,17 +571,22 @@ class Query(_message.Message):
         another length gives the same order and scores multiplied by that length.
         """
 
+    @_builtins.property
+    def sets(self) -> Global___SetExpression:
+        """Sets of examples, to be like and unlike."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         vector: Global___Vector | None = ...,
+        sets: Global___SetExpression | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "sets", b"sets", "text", b"text", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "sets", b"sets", "text", b"text", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_query: _TypeAlias = _typing.Literal["text", "vector"]  # noqa: Y015
+    _WhichOneofReturnType_query: _TypeAlias = _typing.Literal["text", "vector", "sets"]  # noqa: Y015
     _WhichOneofArgType_query: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_query) -> _WhichOneofReturnType_query | None: ...
 
@@ -143,7 +600,9 @@ class SearchRequest(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
+    SETS_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """See Query.text."""
     top_k: _builtins.int
@@ -152,18 +611,28 @@ class SearchRequest(_message.Message):
     def vector(self) -> Global___Vector:
         """See Query.vector."""
 
+    @_builtins.property
+    def sets(self) -> Global___SetExpression:
+        """See Query.sets."""
+
+    @_builtins.property
+    def options(self) -> Global___SearchOptions:
+        """How to search."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
         vector: Global___Vector | None = ...,
+        sets: Global___SetExpression | None = ...,
         top_k: _builtins.int = ...,
+        options: Global___SearchOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "query", b"query", "sets", b"sets", "text", b"text", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["query", b"query", "text", b"text", "top_k", b"top_k", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "query", b"query", "sets", b"sets", "text", b"text", "top_k", b"top_k", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_query: _TypeAlias = _typing.Literal["text", "vector"]  # noqa: Y015
+    _WhichOneofReturnType_query: _TypeAlias = _typing.Literal["text", "vector", "sets"]  # noqa: Y015
     _WhichOneofArgType_query: _TypeAlias = _typing.Literal["query", b"query"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_query) -> _WhichOneofReturnType_query | None: ...
 
@@ -185,7 +654,7 @@ class SearchResponse(_message.Message):
     """Fingerprint (sha256, hex) of the query encoder being served."""
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
-        """Best first; fewer than top_k only when the index holds fewer documents."""
+        """Best first; fewer than top_k only when fewer documents match."""
 
     @_builtins.property
     def timings(self) -> Global___Timings:
@@ -215,21 +684,27 @@ class BatchSearchRequest(_message.Message):
 
     QUERIES_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """How many documents to return for each query, 1 to Limits.max_top_k."""
     @_builtins.property
     def queries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Query]:
         """1 to Limits.max_batch_queries queries."""
 
+    @_builtins.property
+    def options(self) -> Global___SearchOptions:
+        """How to search."""
+
     def __init__(
         self,
         *,
         queries: _abc.Iterable[Global___Query] | None = ...,
         top_k: _builtins.int = ...,
+        options: Global___SearchOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["queries", b"queries", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "queries", b"queries", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -282,7 +757,7 @@ class SearchResult(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
-        """Best first; fewer than top_k only when the index holds fewer documents."""
+        """Best first; fewer than top_k only when fewer documents match."""
 
     def __init__(
         self,
@@ -298,6 +773,70 @@ class SearchResult(_message.Message):
 Global___SearchResult: _TypeAlias = SearchResult  # noqa: Y015
 
 @_typing.final
+class StreamSearchRequest(_message.Message):
+    """One query of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    SEARCH_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """Returned with the answer; any number."""
+    @_builtins.property
+    def search(self) -> Global___SearchRequest:
+        """The query."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        search: Global___SearchRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["search", b"search"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["search", b"search", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamSearchRequest: _TypeAlias = StreamSearchRequest  # noqa: Y015
+
+@_typing.final
+class StreamSearchResponse(_message.Message):
+    """The answer to one query of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """The query's tag."""
+    @_builtins.property
+    def response(self) -> Global___SearchResponse:
+        """What Search answers."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """What Search fails with."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        response: Global___SearchResponse | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "response", b"response", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["response", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___StreamSearchResponse: _TypeAlias = StreamSearchResponse  # noqa: Y015
+
+@_typing.final
 class Hit(_message.Message):
     """One document of a ranking."""
 
@@ -306,26 +845,128 @@ class Hit(_message.Message):
     DOC_ID_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
     doc_id: _builtins.str
     """The document's id in its collection."""
     score: _builtins.float
-    """Dot product of query and document vector, strictly decreasing along the ranking."""
+    """Dot product of query and document vector, or the reranker's logit; strictly decreasing along the ranking."""
     rank: _builtins.int
     """Position in the ranking, from 1."""
+    @_builtins.property
+    def fields(self) -> _struct_pb2.Struct:
+        """The stored fields that were asked for."""
+
     def __init__(
         self,
         *,
         doc_id: _builtins.str = ...,
         score: _builtins.float = ...,
         rank: _builtins.int = ...,
+        fields: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["doc_id", b"doc_id", "rank", b"rank", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doc_id", b"doc_id", "fields", b"fields", "rank", b"rank", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hit: _TypeAlias = Hit  # noqa: Y015
+
+@_typing.final
+class RerankRequest(_message.Message):
+    """A query and the documents to be ordered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUERY_FIELD_NUMBER: _builtins.int
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    TOP_K_FIELD_NUMBER: _builtins.int
+    query: _builtins.str
+    """UTF-8 text, not blank, at most Limits.max_text_bytes bytes."""
+    top_k: _builtins.int
+    """How many documents to return; 0 returns all."""
+    @_builtins.property
+    def documents(self) -> _containers.RepeatedCompositeFieldContainer[Global___RerankDocument]:
+        """1 to Limits.max_rerank_documents documents, each id once."""
+
+    def __init__(
+        self,
+        *,
+        query: _builtins.str = ...,
+        documents: _abc.Iterable[Global___RerankDocument] | None = ...,
+        top_k: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents", "query", b"query", "top_k", b"top_k"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RerankRequest: _TypeAlias = RerankRequest  # noqa: Y015
+
+@_typing.final
+class RerankDocument(_message.Message):
+    """One document to be scored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOC_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    doc_id: _builtins.str
+    """The document's id."""
+    text: _builtins.str
+    """Its text, at most Limits.max_text_bytes bytes; the text that the index stores when empty."""
+    def __init__(
+        self,
+        *,
+        doc_id: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doc_id", b"doc_id", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RerankDocument: _TypeAlias = RerankDocument  # noqa: Y015
+
+@_typing.final
+class RerankResponse(_message.Message):
+    """The documents in the reranker's order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: _builtins.int
+    INDEX_VERSION_FIELD_NUMBER: _builtins.int
+    RERANKER_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
+    index_version: _builtins.str
+    """Version of the index whose stored texts were available."""
+    reranker: _builtins.str
+    """Fingerprint (sha256, hex) of the reranker."""
+    @_builtins.property
+    def hits(self) -> _containers.RepeatedCompositeFieldContainer[Global___Hit]:
+        """Best first; the score is the reranker's logit."""
+
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Where the time went; rescore_ns is the reranker's."""
+
+    def __init__(
+        self,
+        *,
+        hits: _abc.Iterable[Global___Hit] | None = ...,
+        index_version: _builtins.str = ...,
+        reranker: _builtins.str = ...,
+        timings: Global___Timings | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits", "index_version", b"index_version", "reranker", b"reranker", "timings", b"timings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RerankResponse: _TypeAlias = RerankResponse  # noqa: Y015
 
 @_typing.final
 class EmbedRequest(_message.Message):
@@ -335,8 +976,11 @@ class EmbedRequest(_message.Message):
 
     TEXTS_FIELD_NUMBER: _builtins.int
     VECTOR_ENCODING_FIELD_NUMBER: _builtins.int
+    INPUT_TYPE_FIELD_NUMBER: _builtins.int
     vector_encoding: Global___VectorEncoding.ValueType
     """How the vectors shall travel."""
+    input_type: Global___InputType.ValueType
+    """What the texts are."""
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """1 to Limits.max_batch_queries texts, each as Query.text."""
@@ -346,10 +990,11 @@ class EmbedRequest(_message.Message):
         *,
         texts: _abc.Iterable[_builtins.str] | None = ...,
         vector_encoding: Global___VectorEncoding.ValueType = ...,
+        input_type: Global___InputType.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts", "vector_encoding", b"vector_encoding"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_type", b"input_type", "texts", b"texts", "vector_encoding", b"vector_encoding"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -364,8 +1009,11 @@ class EmbedResponse(_message.Message):
     VECTORS_FIELD_NUMBER: _builtins.int
     QUERY_ENCODER_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    INDEX_VERSION_FIELD_NUMBER: _builtins.int
     query_encoder: _builtins.str
     """Fingerprint (sha256, hex) of the query encoder being served."""
+    index_version: _builtins.str
+    """Version of the index whose space the vectors lie in."""
     @_builtins.property
     def vectors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Vector]:
         """Vectors in the order of the texts."""
@@ -380,14 +1028,79 @@ class EmbedResponse(_message.Message):
         vectors: _abc.Iterable[Global___Vector] | None = ...,
         query_encoder: _builtins.str = ...,
         timings: Global___Timings | None = ...,
+        index_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["query_encoder", b"query_encoder", "timings", b"timings", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index_version", b"index_version", "query_encoder", b"query_encoder", "timings", b"timings", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
+
+@_typing.final
+class StreamEmbedRequest(_message.Message):
+    """Some texts of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    EMBED_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """Returned with the answer; any number."""
+    @_builtins.property
+    def embed(self) -> Global___EmbedRequest:
+        """The texts."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        embed: Global___EmbedRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["embed", b"embed"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embed", b"embed", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamEmbedRequest: _TypeAlias = StreamEmbedRequest  # noqa: Y015
+
+@_typing.final
+class StreamEmbedResponse(_message.Message):
+    """The vectors of some texts of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """The request's tag."""
+    @_builtins.property
+    def response(self) -> Global___EmbedResponse:
+        """What Embed answers."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """What Embed fails with."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        response: Global___EmbedResponse | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "response", b"response", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["response", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___StreamEmbedResponse: _TypeAlias = StreamEmbedResponse  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
@@ -400,6 +1113,7 @@ class Timings(_message.Message):
     ENCODE_NS_FIELD_NUMBER: _builtins.int
     SEARCH_NS_FIELD_NUMBER: _builtins.int
     TOTAL_NS_FIELD_NUMBER: _builtins.int
+    RESCORE_NS_FIELD_NUMBER: _builtins.int
     tokenize_ns: _builtins.int
     """Turning texts into tokens, nanoseconds."""
     queue_ns: _builtins.int
@@ -407,9 +1121,11 @@ class Timings(_message.Message):
     encode_ns: _builtins.int
     """From the start of the first text's encoding to the end of the last one's, nanoseconds."""
     search_ns: _builtins.int
-    """Searching the index, nanoseconds, with the wait for a search thread."""
+    """Searching the index, nanoseconds, with the wait for a search thread and the exact scoring of candidates."""
     total_ns: _builtins.int
     """From the request's arrival in the handler to the finished response, nanoseconds."""
+    rescore_ns: _builtins.int
+    """The reranker's scoring, nanoseconds, with the wait for it."""
     def __init__(
         self,
         *,
@@ -418,14 +1134,98 @@ class Timings(_message.Message):
         encode_ns: _builtins.int = ...,
         search_ns: _builtins.int = ...,
         total_ns: _builtins.int = ...,
+        rescore_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["encode_ns", b"encode_ns", "queue_ns", b"queue_ns", "search_ns", b"search_ns", "tokenize_ns", b"tokenize_ns", "total_ns", b"total_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encode_ns", b"encode_ns", "queue_ns", b"queue_ns", "rescore_ns", b"rescore_ns", "search_ns", b"search_ns", "tokenize_ns", b"tokenize_ns", "total_ns", b"total_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Timings: _TypeAlias = Timings  # noqa: Y015
+
+@_typing.final
+class ListIndexesRequest(_message.Message):
+    """Asks for the versions that the store keeps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIndexesRequest: _TypeAlias = ListIndexesRequest  # noqa: Y015
+
+@_typing.final
+class ListIndexesResponse(_message.Message):
+    """The versions that the store keeps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEXES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def indexes(self) -> _containers.RepeatedCompositeFieldContainer[Global___IndexSummary]:
+        """Oldest first."""
+
+    def __init__(
+        self,
+        *,
+        indexes: _abc.Iterable[Global___IndexSummary] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["indexes", b"indexes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListIndexesResponse: _TypeAlias = ListIndexesResponse  # noqa: Y015
+
+@_typing.final
+class IndexSummary(_message.Message):
+    """One version of the index."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_VERSION_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    DOCUMENT_COUNT_FIELD_NUMBER: _builtins.int
+    DIMENSION_FIELD_NUMBER: _builtins.int
+    index_version: _builtins.str
+    """Version of the index."""
+    serving: _builtins.bool
+    """Whether it is the one being searched."""
+    created_at: _builtins.str
+    """When it was made, UTC, ISO 8601."""
+    kind: _builtins.str
+    """How it is searched, such as "flat" or "hnsw"."""
+    document_count: _builtins.int
+    """How many documents it holds, without later updates."""
+    dimension: _builtins.int
+    """Numbers in each vector."""
+    def __init__(
+        self,
+        *,
+        index_version: _builtins.str = ...,
+        serving: _builtins.bool = ...,
+        created_at: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        document_count: _builtins.int = ...,
+        dimension: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "dimension", b"dimension", "document_count", b"document_count", "index_version", b"index_version", "kind", b"kind", "serving", b"serving"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IndexSummary: _TypeAlias = IndexSummary  # noqa: Y015
 
 @_typing.final
 class GetIndexRequest(_message.Message):
@@ -485,6 +1285,235 @@ class GetIndexResponse(_message.Message):
 Global___GetIndexResponse: _TypeAlias = GetIndexResponse  # noqa: Y015
 
 @_typing.final
+class PublishIndexRequest(_message.Message):
+    """Names the version to be served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_VERSION_FIELD_NUMBER: _builtins.int
+    index_version: _builtins.str
+    """A version of the store; the store's current one when empty."""
+    def __init__(
+        self,
+        *,
+        index_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index_version", b"index_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishIndexRequest: _TypeAlias = PublishIndexRequest  # noqa: Y015
+
+@_typing.final
+class PublishIndexResponse(_message.Message):
+    """What is served now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_VERSION_FIELD_NUMBER: _builtins.int
+    PREVIOUS_VERSION_FIELD_NUMBER: _builtins.int
+    index_version: _builtins.str
+    """Version being served from now on."""
+    previous_version: _builtins.str
+    """Version that was served before."""
+    def __init__(
+        self,
+        *,
+        index_version: _builtins.str = ...,
+        previous_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index_version", b"index_version", "previous_version", b"previous_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishIndexResponse: _TypeAlias = PublishIndexResponse  # noqa: Y015
+
+@_typing.final
+class RollbackIndexRequest(_message.Message):
+    """Asks for the version before the one being served."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackIndexRequest: _TypeAlias = RollbackIndexRequest  # noqa: Y015
+
+@_typing.final
+class RollbackIndexResponse(_message.Message):
+    """What is served now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_VERSION_FIELD_NUMBER: _builtins.int
+    PREVIOUS_VERSION_FIELD_NUMBER: _builtins.int
+    index_version: _builtins.str
+    """Version being served from now on."""
+    previous_version: _builtins.str
+    """Version that was served before."""
+    def __init__(
+        self,
+        *,
+        index_version: _builtins.str = ...,
+        previous_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index_version", b"index_version", "previous_version", b"previous_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackIndexResponse: _TypeAlias = RollbackIndexResponse  # noqa: Y015
+
+@_typing.final
+class Document(_message.Message):
+    """A document to be searched."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOC_ID_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    VECTOR_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    doc_id: _builtins.str
+    """The document's id, at most 512 bytes."""
+    text: _builtins.str
+    """Its text, encoded by the server unless a vector is given; needs an encoder of documents."""
+    @_builtins.property
+    def vector(self) -> Global___Vector:
+        """Its vector, of the index's space."""
+
+    @_builtins.property
+    def fields(self) -> _struct_pb2.Struct:
+        """Fields to be stored."""
+
+    def __init__(
+        self,
+        *,
+        doc_id: _builtins.str = ...,
+        text: _builtins.str = ...,
+        vector: Global___Vector | None = ...,
+        fields: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields", "vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doc_id", b"doc_id", "fields", b"fields", "text", b"text", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Document: _TypeAlias = Document  # noqa: Y015
+
+@_typing.final
+class UpsertDocumentsRequest(_message.Message):
+    """Documents to be added or replaced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCUMENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def documents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Document]:
+        """1 to Limits.max_write_documents documents, each id once."""
+
+    def __init__(
+        self,
+        *,
+        documents: _abc.Iterable[Global___Document] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["documents", b"documents"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpsertDocumentsRequest: _TypeAlias = UpsertDocumentsRequest  # noqa: Y015
+
+@_typing.final
+class UpsertDocumentsResponse(_message.Message):
+    """What was added or replaced."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_VERSION_FIELD_NUMBER: _builtins.int
+    DOCUMENT_COUNT_FIELD_NUMBER: _builtins.int
+    index_version: _builtins.str
+    """Version of the index that the documents were added to."""
+    document_count: _builtins.int
+    """Documents that can be found from now on."""
+    def __init__(
+        self,
+        *,
+        index_version: _builtins.str = ...,
+        document_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_count", b"document_count", "index_version", b"index_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpsertDocumentsResponse: _TypeAlias = UpsertDocumentsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteDocumentsRequest(_message.Message):
+    """Documents to be removed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOC_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def doc_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1 to Limits.max_write_documents ids; unknown ones are ignored."""
+
+    def __init__(
+        self,
+        *,
+        doc_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doc_ids", b"doc_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteDocumentsRequest: _TypeAlias = DeleteDocumentsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteDocumentsResponse(_message.Message):
+    """What was removed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_VERSION_FIELD_NUMBER: _builtins.int
+    DOCUMENT_COUNT_FIELD_NUMBER: _builtins.int
+    index_version: _builtins.str
+    """Version of the index that the documents were removed from."""
+    document_count: _builtins.int
+    """Documents that can be found from now on."""
+    def __init__(
+        self,
+        *,
+        index_version: _builtins.str = ...,
+        document_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_count", b"document_count", "index_version", b"index_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteDocumentsResponse: _TypeAlias = DeleteDocumentsResponse  # noqa: Y015
+
+@_typing.final
 class GetServerInfoRequest(_message.Message):
     """Asks for the server's properties."""
 
@@ -510,8 +1539,14 @@ class GetServerInfoResponse(_message.Message):
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     QUERY_ENCODER_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    INDEX_VERSION_FIELD_NUMBER: _builtins.int
+    RERANKER_FIELD_NUMBER: _builtins.int
     server_version: _builtins.str
     """Version of the server software."""
+    index_version: _builtins.str
+    """Version of the index being searched."""
+    reranker: _builtins.str
+    """Fingerprint (sha256, hex) of the reranker; empty where there is none."""
     @_builtins.property
     def query_encoder(self) -> Global___EncoderInfo:
         """The encoder that queries go through."""
@@ -526,10 +1561,12 @@ class GetServerInfoResponse(_message.Message):
         server_version: _builtins.str = ...,
         query_encoder: Global___EncoderInfo | None = ...,
         limits: Global___Limits | None = ...,
+        index_version: _builtins.str = ...,
+        reranker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "query_encoder", b"query_encoder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "query_encoder", b"query_encoder", "server_version", b"server_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index_version", b"index_version", "limits", b"limits", "query_encoder", b"query_encoder", "reranker", b"reranker", "server_version", b"server_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -596,6 +1633,13 @@ class Limits(_message.Message):
     MAX_CONCURRENT_REQUESTS_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_TEXTS_FIELD_NUMBER: _builtins.int
     MAX_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_RERANK_DOCUMENTS_FIELD_NUMBER: _builtins.int
+    MAX_FILTER_TERMS_FIELD_NUMBER: _builtins.int
+    MAX_FIELDS_FIELD_NUMBER: _builtins.int
+    MAX_SET_MEMBERS_FIELD_NUMBER: _builtins.int
+    MAX_WRITE_DOCUMENTS_FIELD_NUMBER: _builtins.int
+    MAX_STREAM_IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    MAX_EFFORT_FIELD_NUMBER: _builtins.int
     max_batch_queries: _builtins.int
     """Queries in one BatchSearch, texts in one Embed."""
     max_top_k: _builtins.int
@@ -614,6 +1658,20 @@ class Limits(_message.Message):
     """Texts that may wait for the encoder; a request that does not fit is refused with RESOURCE_EXHAUSTED."""
     max_queued_tokens: _builtins.int
     """Tokens that may wait for the encoder; a request that does not fit is refused with RESOURCE_EXHAUSTED."""
+    max_rerank_documents: _builtins.int
+    """Documents in one Rerank, and the deepest rerank_depth."""
+    max_filter_terms: _builtins.int
+    """Comparisons in one filter, and values in them together."""
+    max_fields: _builtins.int
+    """Names in SearchOptions.fields."""
+    max_set_members: _builtins.int
+    """Members of one SetExpression."""
+    max_write_documents: _builtins.int
+    """Documents in one UpsertDocuments, ids in one DeleteDocuments."""
+    max_stream_in_flight: _builtins.int
+    """Queries of one stream that the server works on at once; more wait in the transport."""
+    max_effort: _builtins.int
+    """Each number of a SearchEffort."""
     def __init__(
         self,
         *,
@@ -626,10 +1684,17 @@ class Limits(_message.Message):
         max_concurrent_requests: _builtins.int = ...,
         max_queued_texts: _builtins.int = ...,
         max_queued_tokens: _builtins.int = ...,
+        max_rerank_documents: _builtins.int = ...,
+        max_filter_terms: _builtins.int = ...,
+        max_fields: _builtins.int = ...,
+        max_set_members: _builtins.int = ...,
+        max_write_documents: _builtins.int = ...,
+        max_stream_in_flight: _builtins.int = ...,
+        max_effort: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_deadline_ms", b"default_deadline_ms", "max_batch_queries", b"max_batch_queries", "max_concurrent_requests", b"max_concurrent_requests", "max_deadline_ms", b"max_deadline_ms", "max_message_bytes", b"max_message_bytes", "max_queued_texts", b"max_queued_texts", "max_queued_tokens", b"max_queued_tokens", "max_text_bytes", b"max_text_bytes", "max_top_k", b"max_top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_deadline_ms", b"default_deadline_ms", "max_batch_queries", b"max_batch_queries", "max_concurrent_requests", b"max_concurrent_requests", "max_deadline_ms", b"max_deadline_ms", "max_effort", b"max_effort", "max_fields", b"max_fields", "max_filter_terms", b"max_filter_terms", "max_message_bytes", b"max_message_bytes", "max_queued_texts", b"max_queued_texts", "max_queued_tokens", b"max_queued_tokens", "max_rerank_documents", b"max_rerank_documents", "max_set_members", b"max_set_members", "max_stream_in_flight", b"max_stream_in_flight", "max_text_bytes", b"max_text_bytes", "max_top_k", b"max_top_k", "max_write_documents", b"max_write_documents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

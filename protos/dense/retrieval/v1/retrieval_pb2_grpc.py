@@ -45,6 +45,11 @@ class RetrievalServiceStub:
                 request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.BatchSearchRequest.SerializeToString,
                 response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.BatchSearchResponse.FromString,
                 _registered_method=True)
+        self.StreamSearch = channel.stream_stream(
+                '/dense.retrieval.v1.RetrievalService/StreamSearch',
+                request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamSearchRequest.SerializeToString,
+                response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamSearchResponse.FromString,
+                _registered_method=True)
 
 
 class RetrievalServiceServicer:
@@ -65,6 +70,15 @@ class RetrievalServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamSearch(self, request_iterator, context):
+        """Ranks documents against queries as they come, and answers in their order. A query that fails is
+        answered by its error and the stream goes on. A client that sends faster than the server searches
+        is held back by flow control and not refused.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RetrievalServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +91,11 @@ def add_RetrievalServiceServicer_to_server(servicer, server):
                     servicer.BatchSearch,
                     request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.BatchSearchRequest.FromString,
                     response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.BatchSearchResponse.SerializeToString,
+            ),
+            'StreamSearch': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamSearch,
+                    request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamSearchRequest.FromString,
+                    response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamSearchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -144,6 +163,112 @@ class RetrievalService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def StreamSearch(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dense.retrieval.v1.RetrievalService/StreamSearch',
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamSearchRequest.SerializeToString,
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamSearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class RerankServiceStub:
+    """The second stage: a slow, accurate model scores a few documents of one query. Offered where the
+    server was given a reranker.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Rerank = channel.unary_unary(
+                '/dense.retrieval.v1.RerankService/Rerank',
+                request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RerankRequest.SerializeToString,
+                response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RerankResponse.FromString,
+                _registered_method=True)
+
+
+class RerankServiceServicer:
+    """The second stage: a slow, accurate model scores a few documents of one query. Offered where the
+    server was given a reranker.
+    """
+
+    def Rerank(self, request, context):
+        """Orders documents by the reranker's score.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RerankServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Rerank': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rerank,
+                    request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RerankRequest.FromString,
+                    response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RerankResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'dense.retrieval.v1.RerankService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('dense.retrieval.v1.RerankService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RerankService:
+    """The second stage: a slow, accurate model scores a few documents of one query. Offered where the
+    server was given a reranker.
+    """
+
+    @staticmethod
+    def Rerank(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dense.retrieval.v1.RerankService/Rerank',
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RerankRequest.SerializeToString,
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RerankResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class EmbeddingServiceStub:
     """Turns texts into vectors of the index's space.
@@ -160,6 +285,11 @@ class EmbeddingServiceStub:
                 request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.StreamEmbed = channel.stream_stream(
+                '/dense.retrieval.v1.EmbeddingService/StreamEmbed',
+                request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamEmbedRequest.SerializeToString,
+                response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamEmbedResponse.FromString,
+                _registered_method=True)
 
 
 class EmbeddingServiceServicer:
@@ -167,7 +297,14 @@ class EmbeddingServiceServicer:
     """
 
     def Embed(self, request, context):
-        """Encodes texts as queries, with the query prefix of the encoder that is being served.
+        """Encodes texts, with the prefix that the encoder being served gives to queries or documents.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamEmbed(self, request_iterator, context):
+        """Encodes texts as they come, and answers in their order; for bulk, which gives way to queries.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,6 +317,11 @@ def add_EmbeddingServiceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.EmbedRequest.FromString,
                     response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.EmbedResponse.SerializeToString,
+            ),
+            'StreamEmbed': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamEmbed,
+                    request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamEmbedRequest.FromString,
+                    response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamEmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +362,33 @@ class EmbeddingService:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def StreamEmbed(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dense.retrieval.v1.EmbeddingService/StreamEmbed',
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamEmbedRequest.SerializeToString,
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.StreamEmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class IndexServiceStub:
     """Describes the index.
@@ -231,6 +400,11 @@ class IndexServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.ListIndexes = channel.unary_unary(
+                '/dense.retrieval.v1.IndexService/ListIndexes',
+                request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.ListIndexesRequest.SerializeToString,
+                response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.ListIndexesResponse.FromString,
+                _registered_method=True)
         self.GetIndex = channel.unary_unary(
                 '/dense.retrieval.v1.IndexService/GetIndex',
                 request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.GetIndexRequest.SerializeToString,
@@ -242,6 +416,13 @@ class IndexServiceServicer:
     """Describes the index.
     """
 
+    def ListIndexes(self, request, context):
+        """Returns every version that the store keeps, oldest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetIndex(self, request, context):
         """Returns the index version that is being searched.
         """
@@ -252,6 +433,11 @@ class IndexServiceServicer:
 
 def add_IndexServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'ListIndexes': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListIndexes,
+                    request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.ListIndexesRequest.FromString,
+                    response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.ListIndexesResponse.SerializeToString,
+            ),
             'GetIndex': grpc.unary_unary_rpc_method_handler(
                     servicer.GetIndex,
                     request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.GetIndexRequest.FromString,
@@ -270,6 +456,33 @@ class IndexService:
     """
 
     @staticmethod
+    def ListIndexes(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dense.retrieval.v1.IndexService/ListIndexes',
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.ListIndexesRequest.SerializeToString,
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.ListIndexesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetIndex(request,
             target,
             options=(),
@@ -286,6 +499,215 @@ class IndexService:
             '/dense.retrieval.v1.IndexService/GetIndex',
             protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.GetIndexRequest.SerializeToString,
             protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.GetIndexResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class IndexAdminServiceStub:
+    """Changes what is searched. Offered to callers with the admin role, or on a port of its own.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.PublishIndex = channel.unary_unary(
+                '/dense.retrieval.v1.IndexAdminService/PublishIndex',
+                request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.PublishIndexRequest.SerializeToString,
+                response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.PublishIndexResponse.FromString,
+                _registered_method=True)
+        self.RollbackIndex = channel.unary_unary(
+                '/dense.retrieval.v1.IndexAdminService/RollbackIndex',
+                request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RollbackIndexRequest.SerializeToString,
+                response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RollbackIndexResponse.FromString,
+                _registered_method=True)
+        self.UpsertDocuments = channel.unary_unary(
+                '/dense.retrieval.v1.IndexAdminService/UpsertDocuments',
+                request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.UpsertDocumentsRequest.SerializeToString,
+                response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.UpsertDocumentsResponse.FromString,
+                _registered_method=True)
+        self.DeleteDocuments = channel.unary_unary(
+                '/dense.retrieval.v1.IndexAdminService/DeleteDocuments',
+                request_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.DeleteDocumentsRequest.SerializeToString,
+                response_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.DeleteDocumentsResponse.FromString,
+                _registered_method=True)
+
+
+class IndexAdminServiceServicer:
+    """Changes what is searched. Offered to callers with the admin role, or on a port of its own.
+    """
+
+    def PublishIndex(self, request, context):
+        """Opens and tests a version beside the one being served, makes it the store's current one and serves
+        it. When any of that fails the version being served stays, and the error says why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackIndex(self, request, context):
+        """Publishes the version before the one being served.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpsertDocuments(self, request, context):
+        """Adds documents or replaces those of the same id; durable and searchable when it returns.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteDocuments(self, request, context):
+        """Removes documents; durable and no longer found when it returns.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_IndexAdminServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'PublishIndex': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishIndex,
+                    request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.PublishIndexRequest.FromString,
+                    response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.PublishIndexResponse.SerializeToString,
+            ),
+            'RollbackIndex': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackIndex,
+                    request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RollbackIndexRequest.FromString,
+                    response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RollbackIndexResponse.SerializeToString,
+            ),
+            'UpsertDocuments': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpsertDocuments,
+                    request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.UpsertDocumentsRequest.FromString,
+                    response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.UpsertDocumentsResponse.SerializeToString,
+            ),
+            'DeleteDocuments': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteDocuments,
+                    request_deserializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.DeleteDocumentsRequest.FromString,
+                    response_serializer=protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.DeleteDocumentsResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'dense.retrieval.v1.IndexAdminService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('dense.retrieval.v1.IndexAdminService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class IndexAdminService:
+    """Changes what is searched. Offered to callers with the admin role, or on a port of its own.
+    """
+
+    @staticmethod
+    def PublishIndex(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dense.retrieval.v1.IndexAdminService/PublishIndex',
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.PublishIndexRequest.SerializeToString,
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.PublishIndexResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackIndex(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dense.retrieval.v1.IndexAdminService/RollbackIndex',
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RollbackIndexRequest.SerializeToString,
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.RollbackIndexResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpsertDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dense.retrieval.v1.IndexAdminService/UpsertDocuments',
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.UpsertDocumentsRequest.SerializeToString,
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.UpsertDocumentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteDocuments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dense.retrieval.v1.IndexAdminService/DeleteDocuments',
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.DeleteDocumentsRequest.SerializeToString,
+            protos_dot_dense_dot_retrieval_dot_v1_dot_retrieval__pb2.DeleteDocumentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

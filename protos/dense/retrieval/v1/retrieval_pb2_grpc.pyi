@@ -4,7 +4,8 @@ isort:skip_file
 Dense retrieval over gRPC: texts or vectors in, ranked document ids out.
 
 Failures carry google.rpc details: ErrorInfo{reason, domain "dense.retrieval"} always, BadRequest with
-every field violation at once for INVALID_ARGUMENT, RetryInfo where trying again can help.
+every field violation at once for INVALID_ARGUMENT, RetryInfo where trying again can help, ResourceInfo
+for NOT_FOUND, PreconditionFailure for FAILED_PRECONDITION.
 """
 
 from collections import abc as _abc
@@ -41,6 +42,11 @@ class RetrievalServiceStub:
     """Ranks documents against one query."""
     BatchSearch: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.BatchSearchRequest, _retrieval_pb2.BatchSearchResponse]
     """Ranks documents against many queries; each ranking is the one that Search gives for that query."""
+    StreamSearch: _grpc.StreamStreamMultiCallable[_retrieval_pb2.StreamSearchRequest, _retrieval_pb2.StreamSearchResponse]
+    """Ranks documents against queries as they come, and answers in their order. A query that fails is
+    answered by its error and the stream goes on. A client that sends faster than the server searches
+    is held back by flow control and not refused.
+    """
 
 @_typing.type_check_only
 class RetrievalServiceAsyncStub(RetrievalServiceStub):
@@ -51,6 +57,11 @@ class RetrievalServiceAsyncStub(RetrievalServiceStub):
     """Ranks documents against one query."""
     BatchSearch: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.BatchSearchRequest, _retrieval_pb2.BatchSearchResponse]  # type: ignore[assignment]
     """Ranks documents against many queries; each ranking is the one that Search gives for that query."""
+    StreamSearch: _aio.StreamStreamMultiCallable[_retrieval_pb2.StreamSearchRequest, _retrieval_pb2.StreamSearchResponse]  # type: ignore[assignment]
+    """Ranks documents against queries as they come, and answers in their order. A query that fails is
+    answered by its error and the stream goes on. A client that sends faster than the server searches
+    is held back by flow control and not refused.
+    """
 
 class RetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
     """Ranks the documents of the index against queries."""
@@ -71,7 +82,55 @@ class RetrievalServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_retrieval_pb2.BatchSearchResponse, _abc.Awaitable[_retrieval_pb2.BatchSearchResponse]]:
         """Ranks documents against many queries; each ranking is the one that Search gives for that query."""
 
+    @_abc_1.abstractmethod
+    def StreamSearch(
+        self,
+        request_iterator: _MaybeAsyncIterator[_retrieval_pb2.StreamSearchRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retrieval_pb2.StreamSearchResponse], _abc.AsyncIterator[_retrieval_pb2.StreamSearchResponse]]:
+        """Ranks documents against queries as they come, and answers in their order. A query that fails is
+        answered by its error and the stream goes on. A client that sends faster than the server searches
+        is held back by flow control and not refused.
+        """
+
 def add_RetrievalServiceServicer_to_server(servicer: RetrievalServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class RerankServiceStub:
+    """The second stage: a slow, accurate model scores a few documents of one query. Offered where the
+    server was given a reranker.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> RerankServiceAsyncStub: ...
+    Rerank: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.RerankRequest, _retrieval_pb2.RerankResponse]
+    """Orders documents by the reranker's score."""
+
+@_typing.type_check_only
+class RerankServiceAsyncStub(RerankServiceStub):
+    """The second stage: a slow, accurate model scores a few documents of one query. Offered where the
+    server was given a reranker.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Rerank: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.RerankRequest, _retrieval_pb2.RerankResponse]  # type: ignore[assignment]
+    """Orders documents by the reranker's score."""
+
+class RerankServiceServicer(metaclass=_abc_1.ABCMeta):
+    """The second stage: a slow, accurate model scores a few documents of one query. Offered where the
+    server was given a reranker.
+    """
+
+    @_abc_1.abstractmethod
+    def Rerank(
+        self,
+        request: _retrieval_pb2.RerankRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_pb2.RerankResponse, _abc.Awaitable[_retrieval_pb2.RerankResponse]]:
+        """Orders documents by the reranker's score."""
+
+def add_RerankServiceServicer_to_server(servicer: RerankServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class EmbeddingServiceStub:
     """Turns texts into vectors of the index's space."""
@@ -81,7 +140,9 @@ class EmbeddingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EmbeddingServiceAsyncStub: ...
     Embed: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.EmbedRequest, _retrieval_pb2.EmbedResponse]
-    """Encodes texts as queries, with the query prefix of the encoder that is being served."""
+    """Encodes texts, with the prefix that the encoder being served gives to queries or documents."""
+    StreamEmbed: _grpc.StreamStreamMultiCallable[_retrieval_pb2.StreamEmbedRequest, _retrieval_pb2.StreamEmbedResponse]
+    """Encodes texts as they come, and answers in their order; for bulk, which gives way to queries."""
 
 @_typing.type_check_only
 class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
@@ -89,7 +150,9 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Embed: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.EmbedRequest, _retrieval_pb2.EmbedResponse]  # type: ignore[assignment]
-    """Encodes texts as queries, with the query prefix of the encoder that is being served."""
+    """Encodes texts, with the prefix that the encoder being served gives to queries or documents."""
+    StreamEmbed: _aio.StreamStreamMultiCallable[_retrieval_pb2.StreamEmbedRequest, _retrieval_pb2.StreamEmbedResponse]  # type: ignore[assignment]
+    """Encodes texts as they come, and answers in their order; for bulk, which gives way to queries."""
 
 class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Turns texts into vectors of the index's space."""
@@ -100,7 +163,15 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _retrieval_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_retrieval_pb2.EmbedResponse, _abc.Awaitable[_retrieval_pb2.EmbedResponse]]:
-        """Encodes texts as queries, with the query prefix of the encoder that is being served."""
+        """Encodes texts, with the prefix that the encoder being served gives to queries or documents."""
+
+    @_abc_1.abstractmethod
+    def StreamEmbed(
+        self,
+        request_iterator: _MaybeAsyncIterator[_retrieval_pb2.StreamEmbedRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_retrieval_pb2.StreamEmbedResponse], _abc.AsyncIterator[_retrieval_pb2.StreamEmbedResponse]]:
+        """Encodes texts as they come, and answers in their order; for bulk, which gives way to queries."""
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -111,6 +182,8 @@ class IndexServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> IndexServiceAsyncStub: ...
+    ListIndexes: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.ListIndexesRequest, _retrieval_pb2.ListIndexesResponse]
+    """Returns every version that the store keeps, oldest first."""
     GetIndex: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.GetIndexRequest, _retrieval_pb2.GetIndexResponse]
     """Returns the index version that is being searched."""
 
@@ -119,11 +192,21 @@ class IndexServiceAsyncStub(IndexServiceStub):
     """Describes the index."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    ListIndexes: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.ListIndexesRequest, _retrieval_pb2.ListIndexesResponse]  # type: ignore[assignment]
+    """Returns every version that the store keeps, oldest first."""
     GetIndex: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.GetIndexRequest, _retrieval_pb2.GetIndexResponse]  # type: ignore[assignment]
     """Returns the index version that is being searched."""
 
 class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
     """Describes the index."""
+
+    @_abc_1.abstractmethod
+    def ListIndexes(
+        self,
+        request: _retrieval_pb2.ListIndexesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_pb2.ListIndexesResponse, _abc.Awaitable[_retrieval_pb2.ListIndexesResponse]]:
+        """Returns every version that the store keeps, oldest first."""
 
     @_abc_1.abstractmethod
     def GetIndex(
@@ -134,6 +217,79 @@ class IndexServiceServicer(metaclass=_abc_1.ABCMeta):
         """Returns the index version that is being searched."""
 
 def add_IndexServiceServicer_to_server(servicer: IndexServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class IndexAdminServiceStub:
+    """Changes what is searched. Offered to callers with the admin role, or on a port of its own."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> IndexAdminServiceAsyncStub: ...
+    PublishIndex: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.PublishIndexRequest, _retrieval_pb2.PublishIndexResponse]
+    """Opens and tests a version beside the one being served, makes it the store's current one and serves
+    it. When any of that fails the version being served stays, and the error says why.
+    """
+    RollbackIndex: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.RollbackIndexRequest, _retrieval_pb2.RollbackIndexResponse]
+    """Publishes the version before the one being served."""
+    UpsertDocuments: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.UpsertDocumentsRequest, _retrieval_pb2.UpsertDocumentsResponse]
+    """Adds documents or replaces those of the same id; durable and searchable when it returns."""
+    DeleteDocuments: _grpc.UnaryUnaryMultiCallable[_retrieval_pb2.DeleteDocumentsRequest, _retrieval_pb2.DeleteDocumentsResponse]
+    """Removes documents; durable and no longer found when it returns."""
+
+@_typing.type_check_only
+class IndexAdminServiceAsyncStub(IndexAdminServiceStub):
+    """Changes what is searched. Offered to callers with the admin role, or on a port of its own."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    PublishIndex: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.PublishIndexRequest, _retrieval_pb2.PublishIndexResponse]  # type: ignore[assignment]
+    """Opens and tests a version beside the one being served, makes it the store's current one and serves
+    it. When any of that fails the version being served stays, and the error says why.
+    """
+    RollbackIndex: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.RollbackIndexRequest, _retrieval_pb2.RollbackIndexResponse]  # type: ignore[assignment]
+    """Publishes the version before the one being served."""
+    UpsertDocuments: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.UpsertDocumentsRequest, _retrieval_pb2.UpsertDocumentsResponse]  # type: ignore[assignment]
+    """Adds documents or replaces those of the same id; durable and searchable when it returns."""
+    DeleteDocuments: _aio.UnaryUnaryMultiCallable[_retrieval_pb2.DeleteDocumentsRequest, _retrieval_pb2.DeleteDocumentsResponse]  # type: ignore[assignment]
+    """Removes documents; durable and no longer found when it returns."""
+
+class IndexAdminServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Changes what is searched. Offered to callers with the admin role, or on a port of its own."""
+
+    @_abc_1.abstractmethod
+    def PublishIndex(
+        self,
+        request: _retrieval_pb2.PublishIndexRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_pb2.PublishIndexResponse, _abc.Awaitable[_retrieval_pb2.PublishIndexResponse]]:
+        """Opens and tests a version beside the one being served, makes it the store's current one and serves
+        it. When any of that fails the version being served stays, and the error says why.
+        """
+
+    @_abc_1.abstractmethod
+    def RollbackIndex(
+        self,
+        request: _retrieval_pb2.RollbackIndexRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_pb2.RollbackIndexResponse, _abc.Awaitable[_retrieval_pb2.RollbackIndexResponse]]:
+        """Publishes the version before the one being served."""
+
+    @_abc_1.abstractmethod
+    def UpsertDocuments(
+        self,
+        request: _retrieval_pb2.UpsertDocumentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_pb2.UpsertDocumentsResponse, _abc.Awaitable[_retrieval_pb2.UpsertDocumentsResponse]]:
+        """Adds documents or replaces those of the same id; durable and searchable when it returns."""
+
+    @_abc_1.abstractmethod
+    def DeleteDocuments(
+        self,
+        request: _retrieval_pb2.DeleteDocumentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_retrieval_pb2.DeleteDocumentsResponse, _abc.Awaitable[_retrieval_pb2.DeleteDocumentsResponse]]:
+        """Removes documents; durable and no longer found when it returns."""
+
+def add_IndexAdminServiceServicer_to_server(servicer: IndexAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class ServerInfoServiceStub:
     """Describes the server."""

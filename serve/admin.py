@@ -1,0 +1,101 @@
+"""The administration: publishing, rolling back, and single documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+from google.protobuf.json_format import MessageToDict
+
+from protos.dense.retrieval.v1 import retrieval_pb2 as pb
+from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
+from retrieval_kd.errors import DataError
+from serve.engine import EngineSlot
+from serve.errors import InvalidRequestError, Violation
+from serve.indexes import WritableSearcher
+from serve.limits import Limits
+from serve.validate import delete_violations, upsert_violations
+from serve.vectors import from_message
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def add_admin_service(server: grpc.aio.Server, slot: EngineSlot, limits: Limits) -> None:
+    """Register the administration."""
+    rpc.add_IndexAdminServiceServicer_to_server(IndexAdmin(slot, limits), server)
+
+
+class IndexAdmin(rpc.IndexAdminServiceServicer):
+    """Changes what is searched; a failure changes nothing and says why."""
+
+    def __init__(self, slot: EngineSlot, limits: Limits) -> None:
+        self._slot = slot
+        self._limits = limits
+
+    async def PublishIndex(self, request: pb.PublishIndexRequest, context: Context) -> pb.PublishIndexResponse:  # noqa: N802
+        """Serve a version and make it the store's current one."""
+        now, before = await self._slot.engine.index.publish(request.index_version)
+        return pb.PublishIndexResponse(index_version=now, previous_version=before)
+
+    async def RollbackIndex(self, request: pb.RollbackIndexRequest, context: Context) -> pb.RollbackIndexResponse:  # noqa: N802
+        """Serve the version before the one being served."""
+        now, before = await self._slot.engine.index.rollback()
+        return pb.RollbackIndexResponse(index_version=now, previous_version=before)
+
+    async def UpsertDocuments(  # noqa: N802
+        self, request: pb.UpsertDocumentsRequest, context: Context
+    ) -> pb.UpsertDocumentsResponse:
+        """Add documents or replace them."""
+        engine = self._slot.engine
+        _refuse(upsert_violations(request, self._limits, engine.index.searcher.dimension))
+        documents = request.documents
+        texts = [document.text for document in documents if not document.HasField("vector")]
+        seconds = context.time_remaining()
+        encoded = iter((await engine.embed(texts, "document", seconds)).vectors)
+        vectors = np.stack([from_message(one.vector) if one.HasField("vector") else next(encoded) for one in documents])
+        ids = [document.doc_id for document in documents]
+        fields = [_fields(document) for document in documents]
+
+        def write(searcher: WritableSearcher) -> None:
+            try:
+                searcher.upsert(ids, vectors, fields)
+            except DataError as error:
+                raise InvalidRequestError([Violation("documents", str(error))]) from error
+
+        version, count = await engine.index.write(write)
+        return pb.UpsertDocumentsResponse(index_version=version, document_count=count)
+
+    async def DeleteDocuments(  # noqa: N802
+        self, request: pb.DeleteDocumentsRequest, context: Context
+    ) -> pb.DeleteDocumentsResponse:
+        """Remove documents."""
+        _refuse(delete_violations(request, self._limits))
+        ids = list(request.doc_ids)
+        version, count = await self._slot.engine.index.write(lambda searcher: searcher.delete(ids))
+        return pb.DeleteDocumentsResponse(index_version=version, document_count=count)
+
+
+def _refuse(violations: Sequence[Violation]) -> None:
+    if violations:
+        raise InvalidRequestError(violations)
+
+
+def _fields(document: pb.Document) -> Mapping[str, Any]:
+    """Return what is stored with a document; a text that was encoded is stored too."""
+    fields: dict[str, Any] = {name: _plain(value) for name, value in MessageToDict(document.fields).items()}
+    if document.text:
+        fields.setdefault("text", document.text)
+    return fields
+
+
+def _plain(value: Any) -> Any:
+    """Protobuf's Struct knows floating point numbers only; a whole number is an integer again."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return value

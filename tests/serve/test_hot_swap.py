@@ -1,0 +1,273 @@
+"""Another index version takes the served one's place: no request fails, none mixes two, a bad one changes nothing."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serve_fakes import DIMENSION, STRANGER, FakeEncoder, FakeSearcher, FakeSource, Running, Start
+
+from retrieval_kd.errors import ArtifactError, ServeError
+from serve.client import Document, Options, RetrievalClient
+from serve.indexes import IndexHandle
+
+FIRST, SECOND, THIRD = "0000000001-cafe", "0000000002-beef", "0000000003-f00d"
+TOKEN = "0123456789abcdef-admin"
+
+
+def versions() -> list[FakeSearcher]:
+    return [FakeSearcher(version=version, id_format=f"{version}/{{}}") for version in (FIRST, SECOND, THIRD)]
+
+
+@pytest.fixture
+def source() -> FakeSource:
+    return FakeSource(*versions())
+
+
+@pytest.fixture
+def admin(start: Start, source: FakeSource, tmp_path: Path) -> RetrievalClient:
+    """A client with the admin role, at a server that looks at its store every 20 ms."""
+    (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
+    running = start(searcher=source, tokens=tmp_path / "tokens", poll_seconds=0.02)
+    with RetrievalClient(running.target, token=TOKEN) as client:
+        client.running = running
+        yield client
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_a_pointer_moved_by_another_process_is_followed(admin: RetrievalClient, source: FakeSource) -> None:
+    """Without it a new index would be served only after a restart, with an outage every night."""
+    assert admin.search("a").index_version == FIRST
+    source.pointer = SECOND
+    until(lambda: admin.search("a").index_version == SECOND)
+    assert source.searchers[FIRST].closed == 1
+    assert all(hit.doc_id.startswith(SECOND) for hit in admin.search("a").hits)
+
+
+def test_publish_and_rollback_move_pointer_and_server_together(admin: RetrievalClient, source: FakeSource) -> None:
+    """Without it a restart would bring back the version that an administrator has just replaced."""
+    assert admin.publish(THIRD) == FIRST
+    assert (source.pointer, admin.index().index_version) == (THIRD, THIRD)
+    assert admin.rollback() == SECOND
+    assert (source.pointer, admin.index().index_version) == (SECOND, SECOND)
+    assert admin.rollback() == FIRST
+    with pytest.raises(ServeError, match=f"no version is older than {FIRST}"):
+        admin.rollback()
+    assert [one.index_version for one in admin.indexes() if one.serving] == [FIRST]
+    assert [one.index_version for one in admin.indexes()] == [FIRST, SECOND, THIRD]
+
+
+def failing(searcher: FakeSearcher, how: str) -> None:
+    if how == "damaged":
+        searcher.broken = ArtifactError("vectors.npy: bytes differ from the manifest's sha256")
+    elif how == "self-test":
+        searcher.broken = ArtifactError("self-test failed, 3 of 640 expected documents found")
+    elif how == "crash":
+        searcher.broken = RuntimeError("faiss went away")
+    else:
+        searcher.card = STRANGER
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("damaged", "vectors.npy: bytes differ"),
+        ("self-test", "self-test failed"),
+        ("crash", "faiss went away"),
+        ("encoder", "cannot search documents encoded by"),
+    ],
+)
+def test_whatever_is_wrong_with_a_version_the_old_one_stays_and_the_caller_learns_why(
+    admin: RetrievalClient, source: FakeSource, how: str, says: str
+) -> None:
+    """Without it one bad build would take the service down, or fill its answers with nonsense."""
+    failing(source.searchers[SECOND], how)
+    with pytest.raises(ServeError, match=says):
+        admin.publish(SECOND)
+    assert source.pointer == FIRST
+    assert source.searchers[SECOND].closed == 1, "an opened version that is not used must be let go"
+    assert admin.search("a").index_version == FIRST
+    metrics = admin.running.metrics.registry
+    assert metrics.get_sample_value("rkd_index_loads_total", {"outcome": "failed"}) == 1
+
+
+def test_a_bad_version_found_by_polling_is_tried_once_and_again_when_asked(
+    admin: RetrievalClient, source: FakeSource, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without it a damaged build of ten gigabytes would be read and hashed every other second, for ever."""
+    failing(source.searchers[SECOND], "damaged")
+    source.pointer = SECOND
+    until(lambda: SECOND in source.opened)
+    time.sleep(0.2)
+    assert source.opened.count(SECOND) == 1
+    assert "vectors.npy" in caplog.text
+    source.searchers[SECOND].broken = None
+    admin.running.reload()
+    until(lambda: admin.index().index_version == SECOND)
+    assert source.opened.count(SECOND) == 2
+
+
+def test_a_store_that_cannot_be_written_keeps_both_pointer_and_version(
+    admin: RetrievalClient, source: FakeSource
+) -> None:
+    """Without it server and store would disagree until the next restart decides."""
+    source.read_only = True
+    with pytest.raises(ServeError, match="Read-only file system"):
+        admin.publish(SECOND)
+    assert admin.index().index_version == FIRST
+    assert source.searchers[SECOND].closed == 1
+
+
+def test_an_unknown_version_is_refused_by_name(admin: RetrievalClient) -> None:
+    """Without it a typo would end as an internal error."""
+    with pytest.raises(ServeError, match=f"no index version 'nonsense'; there are {FIRST}, {SECOND}, {THIRD}"):
+        admin.publish("nonsense")
+
+
+def test_a_search_that_began_on_the_old_version_ends_on_it_and_then_it_is_closed(
+    admin: RetrievalClient, source: FakeSource
+) -> None:
+    """Without it the old version's files would be unmapped under a running search: a crash, not an error."""
+    old = source.searchers[FIRST]
+    old.gate.clear()
+    with ThreadPoolExecutor(1) as caller:
+        slow = caller.submit(admin.search, "a")
+        until(lambda: old.threads or not old.gate.is_set())
+        time.sleep(0.1)
+        admin.publish(SECOND)
+        assert old.closed == 0
+        assert admin.search("a").index_version == SECOND
+        old.gate.set()
+        result = slow.result(10)
+    assert result.index_version == FIRST
+    assert all(hit.doc_id.startswith(FIRST) for hit in result.hits)
+    until(lambda: old.closed == 1)
+
+
+def test_a_caller_who_leaves_does_not_unmap_what_their_search_still_reads(start: Start, source: FakeSource) -> None:
+    """Without it a cancelled call would release the version while a thread is in it."""
+    running = start(searcher=source, poll_seconds=0.02)
+    old = source.searchers[FIRST]
+    with RetrievalClient(running.target, timeout=0.3) as client:
+        old.gate.clear()
+        with pytest.raises(ServeError, match=r"no answer within|time ran out"):
+            client.search("a")
+        source.pointer = SECOND
+        until(lambda: client.index().index_version == SECOND)
+        assert client.search("a").index_version == SECOND
+        assert old.closed == 0
+        old.gate.set()
+        until(lambda: old.closed == 1)
+
+
+def test_publishing_under_load_fails_no_call_and_mixes_no_versions(
+    admin: RetrievalClient, source: FakeSource, encoder: FakeEncoder
+) -> None:
+    """Fault: publish and rollback under open-loop load. Without it every deployment could cost some answers."""
+    texts = [f"text {i}" for i in range(7)]
+    vectors = encoder.texts_vectors(texts)
+    for searcher in versions():
+        for text, ranking in zip(texts, searcher.search(vectors, 5), strict=True):
+            EXPECTED[text, searcher.version] = list(ranking.doc_ids)
+    stop = threading.Event()
+    seen: list[str] = []
+    failures: list[Exception] = []
+
+    def call(number: int) -> None:
+        text = texts[number % len(texts)]
+        try:
+            results = [admin.search(text, top_k=5)] if number % 3 else admin.batch_search([text] * 3, 5)
+            for result in results:
+                assert [hit.doc_id for hit in result.hits] == EXPECTED[text, result.index_version]
+            assert len({result.index_version for result in results}) == 1
+            seen.append(results[0].index_version)
+        except Exception as error:  # noqa: BLE001
+            failures.append(error)
+
+    def load() -> None:
+        with ThreadPoolExecutor(16) as callers:
+            number, due = 0, time.monotonic()
+            while not stop.is_set():
+                callers.submit(call, number)
+                number, due = number + 1, due + 0.004
+                time.sleep(max(0.0, due - time.monotonic()))
+
+    loader = threading.Thread(target=load)
+    loader.start()
+    for version in (SECOND, THIRD, FIRST) * 5:
+        admin.publish(version)
+        time.sleep(0.02)
+        if version == THIRD:
+            admin.rollback()
+            time.sleep(0.02)
+    stop.set()
+    loader.join()
+    assert failures == []
+    assert set(seen) == {FIRST, SECOND, THIRD}
+    assert len(seen) > 100
+
+
+EXPECTED: dict[tuple[str, str], list[str]] = {}
+
+
+def test_a_handle_closes_once_when_its_last_user_lets_go() -> None:
+    """Without it a version would be closed under a user, or never."""
+    searcher = FakeSearcher()
+    handle = IndexHandle(searcher)
+    handle.acquire()
+    handle.release()
+    assert searcher.closed == 0
+    handle.release()
+    assert searcher.closed == 1
+
+
+def test_documents_are_added_and_removed_at_once(admin: RetrievalClient, source: FakeSource) -> None:
+    """Without it a caller who was told "done" could still not find the document."""
+    vector = np.full(DIMENSION, 9.0)
+    write = admin.upsert([Document("new", vector=vector, fields={"number": 99}), Document("worded", text="red wine")])
+    assert (write.index_version, write.document_count) == (FIRST, 42)
+    (hit,) = admin.search(vector=vector, top_k=1, options=Options(fields=["number"])).hits
+    assert (hit.doc_id, hit.fields) == ("new", {"number": 99})
+    assert {hit.doc_id for hit in admin.search("red wine", top_k=2).hits} == {"new", "worded"}
+    assert source.searchers[FIRST].stored[-1] == {"text": "red wine"}
+    assert admin.delete(["new", "nobody"]).document_count == 41
+    assert admin.search(vector=vector, top_k=1).hits[0].doc_id != "new"
+    with pytest.raises(ServeError, match=r"documents: field 'number' holds int"):
+        admin.upsert([Document("unwritable", vector=vector)])
+    with pytest.raises(ServeError, match=r"documents\[1\].doc_id: occurs twice"):
+        admin.upsert([Document("a", vector=vector), Document("a", vector=vector)])
+
+
+def test_the_version_stays_in_place_while_documents_are_written(
+    start: Start, source: FakeSource, tmp_path: Path
+) -> None:
+    """Without it an acknowledged document could land in a version that nobody searches any more."""
+    (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
+    running: Running = start(searcher=source, tokens=tmp_path / "tokens", poll_seconds=0.02)
+    first, gate, writing = source.searchers[FIRST], threading.Event(), threading.Event()
+    upsert = first.upsert
+
+    def slowly(*arguments: object) -> None:
+        writing.set()
+        assert gate.wait(10)
+        upsert(*arguments)
+
+    first.upsert = slowly
+    with RetrievalClient(running.target, token=TOKEN) as client, ThreadPoolExecutor(1) as other:
+        call = other.submit(client.upsert, [Document("new", vector=np.ones(DIMENSION))])
+        assert writing.wait(10)
+        source.pointer = SECOND
+        time.sleep(0.2)
+        assert client.index().index_version == FIRST
+        gate.set()
+        assert call.result(10).index_version == FIRST
+        until(lambda: client.index().index_version == SECOND)
