@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,21 +206,13 @@ class Workspace:
         stage = Spec("sample", {**dataclasses.asdict(candidates), "limit": limit}, inputs, self.recipe.seed)
         folder = self.folder(stage, f"sample {label}")
 
-        def score(lists: Sequence[Shortlist]) -> list[Scores]:
-            assert teacher is not None
-            return teacher.scores(lists, self.training_queries)
-
         def work(target: Path) -> Mapping[str, Any]:
             runs = {source.name: source.run for source in sources}
-            report, scorer = MiningReport(), score if teacher else None
+            report, queries = MiningReport(), self.training_queries
+            scorer = None if teacher is None else partial(teacher.scores, queries=queries)
+            wanted = list(_some_queries(queries, limit))
             lists = sample_candidates(
-                self.collection,
-                runs,
-                candidates,
-                self.recipe.seed,
-                report,
-                scorer,
-                list(_some_queries(self.training_queries, limit)),
+                self.collection, runs, candidates, self.recipe.seed, report, scorer, queries=wanted
             )
             write_candidates(target / LISTS, lists)
             return report.to_json()
