@@ -8,16 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from tiny import tiny_encoder_folder, tiny_overrides
+from tiny import tiny_cross_encoder_folder, tiny_encoder_folder, tiny_overrides
 from typer.testing import CliRunner
 
 from retrieval_kd.cli.main import app
-from retrieval_kd.errors import DataError
+from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.recipes.loader import load_recipe
-from retrieval_kd.runs import write_trec
+from retrieval_kd.runs import Shortlist, write_trec
 from retrieval_kd.stages import Workspace
+from retrieval_kd.teachers.onnx_reranker import OnnxReranker
 
 STAGES: list[dict[str, Any]] = [
     {"name": "warmup", "schedule": {"epochs": 1}},
@@ -131,6 +133,44 @@ def test_a_selection_that_keeps_nothing_says_why(tiny: Path) -> None:
     impossible = "stages.hard.selection={kind: disagreement, student_ranks: [90, 99]}"
     with pytest.raises(DataError, match=r"stage 'hard': selection keeps none of \d+ lists .*widen"):
         _ = workspace(tiny, *staged(tiny, "asymmetric", impossible)).last.folder
+
+
+@pytest.fixture
+def joint(tiny: Path, tmp_path: Path) -> list[str]:
+    """The overrides of a recipe whose cross-encoder learns along, scored as none was before."""
+    teacher = tiny_cross_encoder_folder(tmp_path / "teacher")
+    return [
+        *tiny_overrides(tiny, "asymmetric"),
+        f"teacher={{model: {teacher}, max_length: 32, encoder_weight: 0, normalise: none}}",
+        "losses=[{name: joint_listwise}]",
+        "joint=1e-3",
+        "schedule.epochs=1",
+    ]
+
+
+def test_a_reranker_learns_along_and_is_exported(tiny: Path, joint: list[str]) -> None:
+    """Without it RocketQAv2 would leave a student, and the reranker it was trained with would be lost."""
+    stage = workspace(tiny, *joint).last
+    trained, start = stage.reranker, stage.teacher
+    assert trained is not None
+    assert trained.folder == stage.folder / "reranker"
+    shortlist = [Shortlist(item.query_id, item.doc_ids) for item in stage.candidates[:4]]
+    texts = stage._workspace.training_queries
+    before, after = (teacher.scores(shortlist, texts) for teacher in (start, trained))
+    assert all(np.abs(one - other).max() > 1e-4 for one, other in zip(before, after, strict=True))
+    contents = stage._workspace.collection.contents(shortlist[0].doc_ids)
+    pairs = [contents[doc_id] for doc_id in shortlist[0].doc_ids]
+    assert stage.reranker_export is not None
+    exported = OnnxReranker.load(stage.reranker_export)
+    np.testing.assert_allclose(exported.score(texts[shortlist[0].query_id], pairs), after[0], atol=1e-4)
+
+
+def test_a_joint_stage_needs_one_cross_encoder_and_its_loss(joint: list[str]) -> None:
+    """Without it an ensemble would be trained by halves, or a reranker saved that nothing had taught."""
+    with pytest.raises(RecipeError, match="the teacher must be one cross-encoder"):
+        _ = load_recipe("margin_mse", [*joint, "teacher.encoder_weight=0.5", "teacher.normalise=zscore"]).training
+    with pytest.raises(RecipeError, match="no loss teaches the teacher; name joint_listwise"):
+        _ = load_recipe("margin_mse", [*joint, "losses=[listwise_kl]"]).training
 
 
 def run(tiny: Path, *arguments: str) -> str:

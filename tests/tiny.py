@@ -64,6 +64,28 @@ def tiny_encoder_folder(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     return folder
 
 
+def tiny_cross_encoder_folder(folder: Path, seed: int = 0, labels: int = 1) -> Path:
+    """Save a random sequence classifier over :data:`WORDS` with its tokenizer."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        num_labels=labels,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        BertForSequenceClassification(config).save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tiny_encoder().tokenizer_files["tokenizer.json"])
+    return folder
+
+
 def tiny_collection_folder(folder: Path, per_topic: int = 6, seed: int = 0) -> Path:
     """Write a BEIR folder of documents on twelve topics; a query shares words with its document."""
     rng = np.random.default_rng([seed, 1])

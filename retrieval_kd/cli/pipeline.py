@@ -39,12 +39,14 @@ from retrieval_kd.errors import ArtifactError, ServeError
 from retrieval_kd.recipes.loader import resolved, to_yaml
 from retrieval_kd.runs import Ranking, Run, Shortlist
 from retrieval_kd.stages import Workspace
+from retrieval_kd.stages.teaching import Teaching
 from serve.client import Hit, RetrievalClient
 
 INDEX = "index"
 ENCODER = "encoder"
 STUDENT = "student"
 TEACHER = "teacher"
+RERANKER = "reranker"
 DOCUMENT_ENCODER = "document-encoder"
 
 
@@ -52,7 +54,7 @@ def run_recipe(workspace: Workspace, out: Path, command: str) -> dict[str, Any]:
     """Run every stage of a recipe, evaluate what came out, and write the report into ``out``.
 
     ``out`` also gets links to the teacher, the document encoder, the trained student, its exported encoder
-    and its index store, so that ``rkd serve OUT`` works.
+    and its index store, so that ``rkd serve OUT`` works; and to the exported reranker that learnt along, if any.
 
     Returns:
         The content of ``report.json``.
@@ -214,11 +216,19 @@ def _store(workspace: Workspace, encoder: OnnxEncoder | None = None) -> Path:
 
 
 def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> Iterator[System]:
-    """Yield the teacher over BM25's top documents: each member that reads texts alone, then their ensemble."""
+    """Yield the last stage's teacher over BM25's top documents, then the cross-encoder that learnt from it if any."""
+    yield from _reranking(workspace, workspace.last.teacher, "", first, queries)
+    if workspace.last.reranker is not None:
+        yield from _reranking(workspace, workspace.last.reranker, "jointly trained ", first, queries)
+
+
+def _reranking(
+    workspace: Workspace, teacher: Teaching, which: str, first: Run, queries: Mapping[str, str]
+) -> Iterator[System]:
+    """Yield each member that reads texts alone, then the ensemble."""
     depth = workspace.recipe.evaluation.rerank_depth
     tops = {query_id: ranking.top(depth) for query_id, ranking in first.items() if len(ranking)}
     lists = [Shortlist(query_id, top.doc_ids) for query_id, top in tops.items()]
-    teacher = workspace.last.teacher
     timed = [
         RerankSystem("timed", RunSystem("BM25", first), member.reranker, workspace.collection, depth)
         for member in teacher.members
@@ -229,7 +239,7 @@ def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> 
         rankings: dict[str, Ranking] = {
             query_id: reranked(first[query_id], list_scores) for query_id, list_scores in zip(tops, values, strict=True)
         }
-        return ScoredRerank(f"{name} over BM25 top-{depth}", rankings, timed)
+        return ScoredRerank(f"{which}{name} over BM25 top-{depth}", rankings, timed)
 
     readers = [
         (title, member) for title, member in zip(teacher.titles, teacher.members, strict=True) if member.reranker
@@ -291,4 +301,8 @@ def _links(workspace: Workspace) -> dict[str, Path]:
         STUDENT: workspace.last.folder,
         DOCUMENT_ENCODER: workspace.encoder_export,
     }
-    return {**links, TEACHER: workspace.last.teacher.folder} if workspace.last.needs_teacher else links
+    if workspace.last.needs_teacher:
+        links[TEACHER] = workspace.last.teacher.folder
+    if workspace.last.reranker is not None and workspace.last.reranker_export is not None:
+        links[RERANKER] = workspace.last.reranker_export
+    return links

@@ -60,11 +60,14 @@ def train(
 def export(
     recipe: RecipeName, overrides: Overrides = None, artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False
 ) -> None:
-    """Export the student to ONNX; nothing is published unless it reproduces torch."""
+    """Export the student, and its teacher if that is a cross-encoder; nothing that differs from torch is published."""
     from retrieval_kd.artifacts import Artifact
 
-    folder = open_workspace(recipe, overrides, artifacts).last.export
-    emit({"encoder": str(folder), **Artifact.load(folder).summary}, as_json)
+    stage = open_workspace(recipe, overrides, artifacts).last
+    exported = {"encoder": str(stage.export), **Artifact.load(stage.export).summary}
+    if stage.reranker_export is not None:
+        exported["reranker"] = {"folder": str(stage.reranker_export), **Artifact.load(stage.reranker_export).summary}
+    emit(exported, as_json)
 
 
 def _emit_stages(workspace: Workspace, of_stage: Callable[[TrainingStage], Mapping[str, Any]], as_json: bool) -> None:

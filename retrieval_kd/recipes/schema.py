@@ -599,12 +599,21 @@ class StageSpec:
     joint: JointSpec | None = None
 
     def __post_init__(self) -> None:
-        """Refuse stages that could not be named on the command line, or would train nothing."""
+        """Refuse stages that could not be named on the command line, or would not train what they name."""
         _require(
             re.fullmatch(r"[A-Za-z][\w-]*", self.name) is not None,
             f"name: {self.name!r} must be letters, digits, _ and -, a letter first",
         )
         _require(len(self.losses) > 0, "losses is empty; name at least one")
+        if self.joint is not None:
+            _require(
+                [member.kind for member in self.teacher.ensemble] == ["cross_encoder"],
+                "joint: the teacher must be one cross-encoder; set teacher.encoder_weight to 0",
+            )
+            _require(
+                any(loss.name == "joint_listwise" for loss in self.losses),
+                "joint: no loss teaches the teacher; name joint_listwise",
+            )
 
 
 @dataclass(frozen=True)

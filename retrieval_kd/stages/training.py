@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from retrieval_kd.artifacts import Artifact, Spec, build
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.onnx import OnnxEncoder
-from retrieval_kd.errors import DataError, RecipeError
+from retrieval_kd.errors import DataError
 from retrieval_kd.mining.candidates import LISTS, CandidateList, write_candidates
 from retrieval_kd.mining.selection import SelectionReport, in_disagreement
-from retrieval_kd.recipes.schema import StageSpec
+from retrieval_kd.recipes.schema import JointSpec, StageSpec, TeacherSpec
 from retrieval_kd.runs import Scores
 from retrieval_kd.stages.members import identity
 from retrieval_kd.stages.teaching import Teaching
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
     from retrieval_kd.encoders.torch_encoder import TorchEncoder
     from retrieval_kd.stages.workspace import Workspace
-    from retrieval_kd.training.towers import DocumentTower
+    from retrieval_kd.training.towers import DocumentTower, JointReranker
+
+RERANKER = "reranker"
+"""Where a cross-encoder that learnt along with the student lies in the student's folder."""
 
 
 class TrainingStage:
@@ -131,6 +134,7 @@ class TrainingStage:
             "student": dataclasses.asdict(recipe.student),
             "losses": [dataclasses.asdict(loss) for loss in stage.losses],
             "schedule": dataclasses.asdict(stage.schedule),
+            "joint": stage.joint and dataclasses.asdict(stage.joint),
         }
         inputs = {
             "collection": workspace.collection.fingerprint,
@@ -150,19 +154,18 @@ class TrainingStage:
         return TorchEncoder.open(self._previous.folder) if self._previous else self._workspace.untrained_student()
 
     def _train(self, folder: Path) -> Mapping[str, Any]:
+        from retrieval_kd.teachers.cross_encoder import save_classifier
         from retrieval_kd.training.batches import TrainingSet
         from retrieval_kd.training.loop import train
         from retrieval_kd.training.towers import FrozenDocuments, LayerTeacher, LiveDocuments
 
         workspace, stage = self._workspace, self.spec
-        if stage.joint is not None:
-            raise RecipeError(f"stage {stage.name!r}: joint: training does not move a teacher yet; leave it out")
         student = self._start()
         rows = [workspace.query_vectors.row_of[item.query_id] for item in self.lists]
         data = TrainingSet(
             lists=self.lists,
             texts=workspace.training_queries,
-            teacher=self.teacher_scores if self.needs_teacher else None,
+            teacher=self.teacher_scores if self.needs_teacher and stage.joint is None else None,
             qrels=workspace.collection.qrels("train"),
             query_targets=workspace.query_vectors.vectors[rows],
         )
@@ -172,6 +175,7 @@ class TrainingStage:
                 return FrozenDocuments(workspace.corpus, device)
             return LiveDocuments(student, workspace.collection, workspace.corpus, device)
 
+        joint = None if stage.joint is None else self._joint(stage.joint)
         seed = workspace.recipe.seed
         layers, queries = workspace.recipe.student.layers, workspace.training_queries
         summary = train(
@@ -184,9 +188,45 @@ class TrainingStage:
             seed,
             folder,
             layer_teacher=LayerTeacher(workspace.start, layers, queries, workspace.collection),
+            joint=joint,
         )
+        if joint is not None:
+            save_classifier(joint.module, self.teacher.folder, folder / RERANKER)
         student.save(folder)
         return {"stage": stage.name, **summary}
+
+    def _joint(self, spec: JointSpec) -> JointReranker:
+        """Open the teacher's cross-encoder for training."""
+        from retrieval_kd.encoders.base import load_tokenizer
+        from retrieval_kd.teachers.cross_encoder import load_classifier
+        from retrieval_kd.teachers.pairs import PairTokenizer
+        from retrieval_kd.training.towers import JointReranker
+
+        (member,) = self.teacher.members
+        module = load_classifier(member.folder)
+        max_length, template = member.spec.max_length, member.spec.template
+        tokenizer = PairTokenizer(load_tokenizer(member.folder), module, max_length, template)
+        workspace = self._workspace
+        queries = workspace.training_queries
+        return JointReranker(module, tokenizer, queries, workspace.collection, spec.learning_rate)
+
+    @cached_property
+    def reranker(self) -> Teaching | None:
+        """Return the cross-encoder that learnt along with the student, as a teacher; None where none did."""
+        if self.spec.joint is None:
+            return None
+        (member,) = self.spec.teacher.ensemble
+        trained = dataclasses.replace(member, model=str(self.folder / RERANKER), fine_tune=None, compress=None)
+        return self._workspace.teacher(TeacherSpec(normalise="none", members=(trained,)))
+
+    @cached_property
+    def reranker_export(self) -> Path | None:
+        """Export the cross-encoder that learnt along, or else the teacher's first; None where there is none."""
+        if not self.needs_teacher:
+            return None
+        members = (self.reranker or self.teacher).members
+        reading = next((member for member in members if member.spec.kind == "cross_encoder"), None)
+        return self._workspace.export_reranker(reading) if reading else None
 
     @cached_property
     def export(self) -> Path:

@@ -39,6 +39,7 @@ from retrieval_kd.stages.training import TrainingStage
 if TYPE_CHECKING:
     from retrieval_kd.encoders.torch_encoder import TorchEncoder
     from retrieval_kd.export.onnx_export import Probes
+    from retrieval_kd.stages.members import Member
     from retrieval_kd.training.dev import DevSet
 
 RUN = "run.trec"
@@ -343,6 +344,21 @@ class Workspace:
         folder = self.folder(spec, f"export {card.name} to ONNX and compare it with torch")
         # A query encoder has no document side of its own: its rankings are over the vectors it will search.
         export_encoder(encoder, folder, self.recipe.export, self._probes(self.corpus if card.role == "query" else None))
+        return folder
+
+    def export_reranker(self, member: Member) -> Path:
+        """Export a cross-encoder through a gate of its own and return the folder; it serves without torch."""
+        from retrieval_kd.export.reranker_export import export_reranker
+
+        spec = member.spec
+        inputs = {"collection": self.collection.fingerprint, "reranker": member.fingerprint}
+        folder = self.folder(
+            Spec("export-reranker", {}, inputs), f"export {member.name} to ONNX and compare its scores with torch"
+        )
+        probes = self._probes(None)
+        documents = itertools.cycle(probes.documents.values())
+        pairs = list(zip(probes.queries.values(), documents, strict=False))
+        export_reranker(member.folder, spec.max_length, spec.template, pairs, folder)
         return folder
 
     def _probes(self, corpus: EncodedCorpus | None) -> Probes:

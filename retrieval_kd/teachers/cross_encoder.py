@@ -13,10 +13,10 @@ import torch
 from tokenizers import Encoding
 from torch import nn
 
-from retrieval_kd.artifacts import file_sha256, fingerprint
+from retrieval_kd.artifacts import atomic_write, file_sha256, fingerprint
 from retrieval_kd.encoders.base import TOKENIZER, load_tokenizer
 from retrieval_kd.encoders.resolve import resolve_model
-from retrieval_kd.encoders.torch_encoder import BATCH_TOKENS, quiet_transformers
+from retrieval_kd.encoders.torch_encoder import BATCH_TOKENS, WEIGHTS, quiet_transformers
 from retrieval_kd.errors import ArtifactError, RecipeError
 from retrieval_kd.runs import Scores
 from retrieval_kd.scores.normalise import Activation
@@ -190,3 +190,29 @@ def load_classifier(folder: Path) -> Any:
         # transformers would draw these at random and only mention it.
         raise ArtifactError(f"{folder}: weight {missing[0]!r} is missing; use a cross-encoder, or teacher.fine_tune")
     return model
+
+
+def save_classifier(model: nn.Module, start: Path, folder: Path) -> None:
+    """Write what :func:`load_classifier` and transformers open.
+
+    Args:
+        model: A sequence classifier.
+        start: The folder its tokenizer is copied from.
+        folder: Where it goes.
+    """
+    from safetensors.torch import save
+
+    config = cast("Any", model.config)
+    config.architectures = [type(model).__name__]
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    contents = {
+        "config.json": config.to_json_string().encode(),
+        TOKENIZER: (start / TOKENIZER).read_bytes(),
+        WEIGHTS: save(weights, metadata={"format": "pt"}),
+    }
+    settings = start / "tokenizer_config.json"
+    if settings.is_file():
+        contents[settings.name] = settings.read_bytes()
+    for name, content in contents.items():
+        with atomic_write(folder / name, "wb") as file:
+            file.write(content)

@@ -19,10 +19,10 @@ from tokenizers import Encoding
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retrieval_kd.artifacts import Artifact, Spec, atomic_write, build, file_sha256, fingerprint
+from retrieval_kd.artifacts import Artifact, Spec, build, file_sha256, fingerprint
 from retrieval_kd.batching import length_sorted_batches
 from retrieval_kd.collections.base import Collection
-from retrieval_kd.encoders.base import TOKENIZER, load_tokenizer
+from retrieval_kd.encoders.base import load_tokenizer
 from retrieval_kd.encoders.layout import MODULES, read_layout
 from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.encoders.torch_encoder import BATCH_TOKENS, WEIGHTS, quiet_transformers
@@ -30,6 +30,7 @@ from retrieval_kd.errors import ArtifactError, DataError, RecipeError
 from retrieval_kd.mining.candidates import CandidateList
 from retrieval_kd.progress import progress
 from retrieval_kd.recipes.schema import FineTuneSpec, ScheduleSpec
+from retrieval_kd.teachers.cross_encoder import save_classifier
 from retrieval_kd.teachers.pairs import PairTokenizer, logits
 from retrieval_kd.training.batches import epoch_batches
 from retrieval_kd.training.checkpoint import load_checkpoint, save_checkpoint
@@ -92,7 +93,7 @@ def fine_tune_cross_encoder(
         model = _new_cross_encoder(start, max_length, seed)
         pairs = _PairLists(collection, used, spec.negatives, PairTokenizer(tokenizer, model, max_length))
         summary = _train(model, pairs, spec, seed, target)
-        _save(model, start, target)
+        save_classifier(model, start, target)
         (target / CHECKPOINT).unlink(missing_ok=True)
         return summary
 
@@ -232,23 +233,3 @@ def _new_cross_encoder(folder: Path, max_length: int, seed: int) -> nn.Module:
             else:
                 weight.zero_()
     return cast("nn.Module", model)
-
-
-def _save(model: nn.Module, start: Path, folder: Path) -> None:
-    """Write what transformers opens; the tokenizer is the encoder's own."""
-    from safetensors.torch import save
-
-    config = cast("Any", model.config)
-    config.architectures = [type(model).__name__]
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    contents = {
-        "config.json": config.to_json_string().encode(),
-        TOKENIZER: (start / TOKENIZER).read_bytes(),
-        WEIGHTS: save(weights, metadata={"format": "pt"}),
-    }
-    settings = start / "tokenizer_config.json"
-    if settings.is_file():
-        contents[settings.name] = settings.read_bytes()
-    for name, content in contents.items():
-        with atomic_write(folder / name, "wb") as file:
-            file.write(content)

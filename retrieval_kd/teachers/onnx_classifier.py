@@ -6,13 +6,23 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import cast
 
+import onnx
 import torch
 from torch import Tensor, nn
 
 from retrieval_kd.encoders.onnx import open_session
 from retrieval_kd.export.graph import fuse, trace
 
-_OUTPUT = "logits"
+OUTPUT = "logits"
+
+
+def classifier_graph(model: nn.Module, inputs: Sequence[str]) -> onnx.ModelProto:
+    """Return a classifier as a fused graph: int64 ``[B, L]`` by the names of ``inputs``, to float32 ``[B, labels]``.
+
+    Raises:
+        Exception: it has no graph, see :func:`retrieval_kd.export.graph.trace`.
+    """
+    return fuse(trace(_Positional(model, inputs), inputs, OUTPUT), model.config)
 
 
 class OnnxClassifier:
@@ -29,13 +39,13 @@ class OnnxClassifier:
             Exception: it has no graph, see :func:`retrieval_kd.export.graph.trace`.
             ArtifactError: onnxruntime cannot run its graph.
         """
-        graph = fuse(trace(_Positional(model, inputs), inputs, _OUTPUT), model.config)
         # torch's setting holds for its substitute too.
-        self._session = open_session(graph.SerializeToString(), torch.get_num_threads())
+        graph = classifier_graph(model, inputs).SerializeToString()
+        self._session = open_session(graph, torch.get_num_threads())
 
     def __call__(self, **inputs: Tensor) -> SimpleNamespace:
         """Return an object whose ``logits``, float32 ``[B, labels]``, are those of the classifier."""
-        (values,) = self._session.run([_OUTPUT], {name: tensor.numpy() for name, tensor in inputs.items()})
+        (values,) = self._session.run([OUTPUT], {name: tensor.numpy() for name, tensor in inputs.items()})
         return SimpleNamespace(logits=torch.from_numpy(values))
 
 

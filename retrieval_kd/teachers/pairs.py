@@ -11,53 +11,42 @@ import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor, nn
 
-from retrieval_kd.batching import length_sorted_batches, pad
-from retrieval_kd.teachers.templates import Template
+from retrieval_kd.batching import length_sorted_batches
+from retrieval_kd.teachers.rows import INPUTS, TYPES, PairRows, padded
 
 TEMPLATE = "query, document as the tokenizer's pair; longest text cut first"
 
 
 class PairTokenizer:
-    """Pairs to token rows, and rows to what a model's ``forward`` takes."""
+    """Pairs to token rows, and rows to what a model's ``forward`` takes.
+
+    Attributes:
+        inputs: Names of the arguments of ``forward``.
+        pad_id: Token that fills a batch.
+    """
 
     def __init__(self, tokenizer: Tokenizer, model: nn.Module, max_length: int, template: str = "") -> None:
-        """Cut the longer text first; leave padding to the batch.
-
-        Only our ``max_length`` counts: a ``tokenizer_config.json`` often keeps the length of some training run.
-
-        Args:
-            tokenizer: The model's own.
-            model: What the rows are made for.
-            max_length: Longest row in tokens, special tokens included.
-            template: A prompt with ``{query}`` and ``{document}``; the tokenizer's own pair when empty.
-
-        Raises:
-            RecipeError: the template alone is longer than ``max_length``.
-        """
-        tokenizer.no_padding()
-        self._template = Template(template, ("query", "document"), tokenizer, max_length) if template else None
-        if not template:
-            tokenizer.enable_truncation(max_length, strategy="longest_first")
-        self._tokenizer = tokenizer
+        """Make rows for ``model``; see :class:`retrieval_kd.teachers.rows.PairRows` for the rest."""
+        self._rows = PairRows(tokenizer, max_length, template)
         config = model.config
         # Tokenizers number the second text 1 even where the model knows one type of token only.
-        self._typed = (
-            "token_type_ids" in inspect.signature(model.forward).parameters
-            and getattr(config, "type_vocab_size", 0) > 1
-        )
-        self._pad_id = int(getattr(config, "pad_token_id", None) or 0)
+        typed = TYPES in inspect.signature(model.forward).parameters and getattr(config, "type_vocab_size", 0) > 1
+        self.inputs = (*INPUTS, TYPES) if typed else INPUTS
+        self.pad_id = int(getattr(config, "pad_token_id", None) or 0)
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[Encoding]:
         """Return the tokens of each pair, special tokens included."""
-        return self._tokenizer.encode_batch_fast(list(pairs)) if self._template is None else self._template(pairs)
+        return self._rows(pairs)
 
     def batch(self, rows: Sequence[Encoding], device: torch.device) -> dict[str, Tensor]:
         """Return the padded keyword arguments of ``forward``, int64 ``[len(rows), longest]`` each."""
-        ids, mask = pad([row.ids for row in rows], self._pad_id)
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        if self._typed:
-            inputs["token_type_ids"], _ = pad([row.type_ids for row in rows])
-        return {name: torch.from_numpy(values).to(device) for name, values in inputs.items()}
+        values = padded(rows, self.inputs, self.pad_id)
+        return {name: torch.from_numpy(value).to(device) for name, value in values.items()}
+
+
+def one_score(outputs: Tensor) -> Tensor:
+    """Return ``[B]`` of ``[B, labels]`` logits: the one label's, or of two the log-odds, second minus first."""
+    return outputs[:, -1] - outputs[:, 0] if outputs.shape[1] > 1 else outputs[:, 0]
 
 
 def logits(
@@ -79,14 +68,12 @@ def logits(
         on_rows: Called with the number of rows each batch finished.
 
     Returns:
-        ``[len(rows)]`` in the order of ``rows``, with gradients where they are enabled: the raw logit of the one label,
-        or of two labels the second's minus the first's, the log-odds.
+        :func:`one_score` of each row, ``[len(rows)]``, in their order, with gradients where they are enabled.
     """
     parts, order = [], []
     for positions in length_sorted_batches([len(row.ids) for row in rows], max_tokens):
         inputs = tokenizer.batch([rows[i] for i in positions], device)
-        outputs = model(**inputs).logits
-        parts.append(outputs[:, -1] - outputs[:, 0] if outputs.shape[1] > 1 else outputs[:, 0])
+        parts.append(one_score(model(**inputs).logits))
         order.append(positions)
         if on_rows is not None:
             on_rows(len(positions))

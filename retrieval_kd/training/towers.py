@@ -19,7 +19,7 @@ from retrieval_kd.encoders.base import TextTokenizer
 from retrieval_kd.encoders.card import Side
 from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
-from retrieval_kd.teachers.pairs import PairTokenizer
+from retrieval_kd.teachers.pairs import PairTokenizer, one_score
 from retrieval_kd.training.passes import Passes, Positions, Work
 
 TextsById = Callable[[Sequence[str]], Mapping[str, str]]
@@ -197,7 +197,7 @@ class JointReranker:
     """A cross-encoder that scores each batch as it is and learns along with the student (RocketQAv2).
 
     Attributes:
-        module: The sequence classifier with one label; trained in place, checkpointed with the student.
+        module: The sequence classifier; trained in place, checkpointed with the student.
         learning_rate: Its peak rate; the schedule gives the shape.
     """
 
@@ -224,7 +224,6 @@ class JointReranker:
 
         def forward(positions: Positions) -> Tensor:
             batch: list[Encoding] = [rows[i] for i in positions]
-            logits: Tensor = self.module(**self._tokenizer.batch(batch, device)).logits[:, 0]
-            return logits
+            return one_score(self.module(**self._tokenizer.batch(batch, device)).logits)
 
         return passes.run(Work([len(row.ids) for row in rows], forward))
