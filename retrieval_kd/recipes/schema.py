@@ -508,6 +508,14 @@ class ScheduleSpec:
         clip: Largest gradient norm.
         evaluations: Dev evaluations in all, evenly spread; the best one's weights are the student.
         checkpoints: Resumable checkpoints in all, evenly spread.
+        gradient_cache: Keep no activations of a batch and run its micro-batches again for their gradients: memory
+            then depends on ``micro_tokens`` alone, for one more forward pass.
+        activation_checkpointing: Keep the activations of layer borders only and compute the rest again.
+        precision: Arithmetic of the encoders' matrix products; weights, scores and losses stay in fp32.
+        average: Averages of the weights along the way that are measured and kept in place of the weights:
+            ``uniform`` over the steps from ``average_from`` on, ``ema`` with the older ones forgotten.
+        average_decay: What ``ema`` keeps of the average at each step.
+        average_from: Share of the steps after which averaging begins.
     """
 
     epochs: int = 4
@@ -521,6 +529,12 @@ class ScheduleSpec:
     clip: float = 1.0
     evaluations: int = 8
     checkpoints: int = 8
+    gradient_cache: bool = False
+    activation_checkpointing: bool = False
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    average: Literal["none", "ema", "uniform"] = "none"
+    average_decay: float = 0.99
+    average_from: float = 0.5
 
     def __post_init__(self) -> None:
         """Refuse schedules that cannot run."""
@@ -531,6 +545,8 @@ class ScheduleSpec:
         _require(0 <= self.warmup < 1, f"schedule.warmup: {self.warmup} is not in [0, 1)")
         _require(self.weight_decay >= 0, f"schedule.weight_decay: {self.weight_decay} must not be negative")
         _require(self.clip > 0, f"schedule.clip: {self.clip} must be above 0")
+        _require(0 < self.average_decay < 1, f"schedule.average_decay: {self.average_decay} is not in (0, 1)")
+        _require(0 <= self.average_from < 1, f"schedule.average_from: {self.average_from} is not in [0, 1)")
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ nor whether the documents are frozen, nor how many processes share a batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,20 +25,20 @@ from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.losses.registry import LOSSES, bind, bind_state
 from retrieval_kd.progress import progress
 from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec
+from retrieval_kd.training.average import WeightAverage
 from retrieval_kd.training.batches import Batch, TrainingSet, assemble, epoch_batches
-from retrieval_kd.training.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
+from retrieval_kd.training.checkpoint import Stateful, load_checkpoint, load_weights, save_checkpoint, save_weights
 from retrieval_kd.training.dev import DevSet
+from retrieval_kd.training.machine import Machine
 from retrieval_kd.training.metrics import MetricsLog
-from retrieval_kd.training.passes import Passes, sum_gradients
+from retrieval_kd.training.passes import Passes
 from retrieval_kd.training.schedule import evenly, learning_rate
 from retrieval_kd.training.terms import Step, Terms
 from retrieval_kd.training.towers import DocumentTower, JointReranker, LayerTeacher, TokenRows, Tower
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
+Write = Callable[[str, int, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -117,38 +118,45 @@ def train(
         DataError: the loss is not finite; names step and terms.
     """
     check_losses(losses, pairwise=data.preferences is not None)
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
-    run = _Run(accelerator, student, documents, data, losses, schedule, layer_teacher, joint)
+    machine = Machine(schedule.precision)
+    run = _Run(machine, student, documents, data, losses, schedule, layer_teacher, joint)
     queries_per_epoch = min(len(data.lists), schedule.epoch_queries or len(data.lists))
     total = schedule.epochs * math.ceil(queries_per_epoch / schedule.batch_queries)
 
     at = Progress()
+    # The first process may still be clearing the folder of another run.
+    machine.wait()
     resumed = (folder / LAST).is_file()
     if resumed:
-        at = Progress(**load_checkpoint(folder / LAST, run.trained, run.optimizer.optimizer, run.terms.states))
-    with MetricsLog(folder, at.step if resumed else None) as log, progress("train", total, "steps") as advance:
-        if not resumed and dev is not None:
-            log.write(
-                "dev", 0, {"nDCG@10": dev.ndcg_at_10(student), "queries": len(dev.queries), "documents": dev.documents}
-            )
+        at = Progress(**load_checkpoint(folder / LAST, run.trained, run.optimizer, run.states))
+    machine.wait()
+    with contextlib.ExitStack() as stack:
+        write: Write = _unwritten
+        if machine.main:
+            write = stack.enter_context(MetricsLog(folder, at.step if resumed else None)).write
+        advance = stack.enter_context(progress("train", total, "steps"))
+        if not resumed and dev is not None and machine.main:
+            ndcg = dev.ndcg_at_10(student)
+            write("dev", 0, {"nDCG@10": ndcg, "queries": len(dev.queries), "documents": dev.documents})
         advance(at.step)
         for step, epoch, positions in _steps(len(data.lists), schedule, seed, start=at.step):
             # Dropout draws from torch's global generator, so a resumed run must find it where it was.
-            draw = np.random.default_rng([seed, step, accelerator.process_index])
+            draw = np.random.default_rng([seed, step, machine.index])
             torch.manual_seed(int(draw.integers(2**63)))
             rate = learning_rate(step, total, schedule)
             values = run.step(positions, rate / schedule.learning_rate, (step + 1) / total, f"step {step + 1}")
             at = Progress(step + 1, at.best_step, at.best_ndcg)
-            log.write("train", at.step, {"epoch": epoch + 1, "learning_rate": rate, **values})
-            if dev is not None and at.step in evenly(total, schedule.evaluations):
-                at = _evaluate(at, student, run.trained, dev, log, folder)
-            if at.step in evenly(total, schedule.checkpoints):
-                save_checkpoint(folder / LAST, run.trained, run.optimizer.optimizer, asdict(at), run.terms.states)
+            write("train", at.step, {"epoch": epoch + 1, "learning_rate": rate, **values})
+            if machine.main and dev is not None and at.step in evenly(total, schedule.evaluations):
+                at = _evaluate(at, run.measured, dev, write, folder)
+            if machine.main and at.step in evenly(total, schedule.checkpoints):
+                save_checkpoint(folder / LAST, run.trained, run.optimizer, asdict(at), run.states)
             advance(1)
+    at = machine.agree(at)
     if at.best_step:
         load_weights(folder / BEST, run.trained)
+    else:
+        run.trained.load_state_dict(run.measured.state_dict())
     run.trained.eval()
     return {"steps": at.step, "best_step": at.best_step or at.step, "dev_nDCG@10": at.best_ndcg if dev else None}
 
@@ -158,7 +166,7 @@ class _Run:
 
     def __init__(
         self,
-        accelerator: Accelerator,
+        machine: Machine,
         student: TorchEncoder,
         documents: Callable[[torch.device], DocumentTower],
         data: TrainingSet,
@@ -167,7 +175,7 @@ class _Run:
         layer_teacher: LayerTeacher | None,
         joint: JointReranker | None,
     ) -> None:
-        self.accelerator = accelerator
+        self.machine = machine
         self.data = data
         self.schedule = schedule
         self.terms = Terms(losses, dict.fromkeys(student.card.dimensions, 1.0))
@@ -177,14 +185,17 @@ class _Run:
             raise RecipeError(f"losses: {stacked[0]} needs layers of student and teacher, which this run does not give")
         self.layer_teacher = layer_teacher if stacked else None
         self.queries = Tower(student, TokenRows(student.tokenizer, "query", lambda ids: data.texts))
-        student.to(accelerator.device)
-        self.documents = documents(accelerator.device)
+        student.to(machine.device)
+        self.documents = documents(machine.device)
         self.trained = nn.ModuleDict({"student": student})
         if self.documents.encoder not in (None, student):
             self.trained["documents"] = self.documents.encoder
         if joint is not None:
             self.trained["joint"] = joint.module
-        self.trained.to(accelerator.device)
+        self.trained.to(machine.device)
+        if schedule.activation_checkpointing:
+            for module in self.trained.values():
+                _checkpoint_activations(module)
         _check_widths(student, self.documents, data, losses)
         # Copied now, before a checkpoint is read: what the student knew as the stage began.
         self.previous: tuple[Tower, DocumentTower] | None = None
@@ -195,9 +206,20 @@ class _Run:
             for name, module in self.trained.items()
             for group in _decay_groups(module, schedule.weight_decay)
         ]
-        self.optimizer = accelerator.prepare_optimizer(
-            torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True), device_placement=False
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
+        self.average = None if schedule.average == "none" else WeightAverage(self.trained, schedule)
+
+    @property
+    def states(self) -> dict[str, Stateful]:
+        """Return what a checkpoint holds besides weights and moments."""
+        averages = {} if self.average is None else {"average": self.average}
+        return {**self.terms.states, **averages, "precision": self.machine}
+
+    @property
+    def measured(self) -> nn.ModuleDict:
+        """Return the modules that are measured and kept: the trained ones, or their averages."""
+        modules = self.trained if self.average is None else self.average.of(self.trained)
+        return cast("nn.ModuleDict", modules)
 
     def step(self, positions: npt.NDArray[np.int64], pace: float, progress: float, where: str) -> dict[str, Any]:
         """Move the student once.
@@ -215,27 +237,29 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * pace
         self.trained.train()
-        passes = Passes(self.accelerator, self.schedule.micro_tokens)
-        step = self._look(assemble(self.data, positions).to(self.accelerator.device), passes)
+        passes = Passes(self.machine, self.schedule.micro_tokens, self.schedule.gradient_cache)
+        step = self._look(assemble(self.data, positions).to(self.machine.device), passes)
         losses = self.terms(step)
         loss = self.terms.total(losses)
         values = {label: value.item() for label, value in losses.items()}
         if not torch.isfinite(loss):
             shown = ", ".join(f"{label} {value:.4g}" for label, value in values.items())
             raise DataError(f"{where}: loss is {loss.item()} ({shown}); lower schedule.learning_rate")
-        self.accelerator.backward(loss)
+        self.machine.backward(loss)
         passes.backward()
-        sum_gradients(self.accelerator, self.trained.parameters())
-        norm = float(self.accelerator.clip_grad_norm_(self.trained.parameters(), self.schedule.clip))
-        if not math.isfinite(norm):
-            raise DataError(f"{where}: gradient norm is {norm}; lower schedule.learning_rate")
-        self.optimizer.step()
+        try:
+            norm = self.machine.move(self.optimizer, self.trained.parameters(), self.schedule.clip)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.trained, progress)
         self.terms.learn(step, values, progress)
         return {
             "loss": loss.item(),
             "losses": values,
-            "gradient_norm": norm,
+            # A step that fp16 left out has none.
+            "gradient_norm": norm if math.isfinite(norm) else None,
             "queries_per_second": len(positions) / (time.perf_counter() - started),
         }
 
@@ -291,16 +315,18 @@ class _Run:
         return logits.new_zeros(batch.mask.shape).index_put((lists, ranks), logits)
 
 
-def _evaluate(
-    at: Progress, student: TorchEncoder, trained: nn.Module, dev: DevSet, log: MetricsLog, folder: Path
-) -> Progress:
+def _evaluate(at: Progress, measured: nn.ModuleDict, dev: DevSet, write: Write, folder: Path) -> Progress:
     """Measure the student on dev and keep its weights if they are the best so far."""
-    ndcg = dev.ndcg_at_10(student)
-    log.write("dev", at.step, {"nDCG@10": ndcg})
+    ndcg = dev.ndcg_at_10(cast("TorchEncoder", measured["student"]))
+    write("dev", at.step, {"nDCG@10": ndcg})
     if ndcg <= at.best_ndcg:
         return at
-    save_weights(folder / BEST, trained, {"step": at.step, "nDCG@10": ndcg})
+    save_weights(folder / BEST, measured, {"step": at.step, "nDCG@10": ndcg})
     return Progress(at.step, at.step, ndcg)
+
+
+def _unwritten(event: str, step: int, values: Mapping[str, Any]) -> None:
+    """Leave the log to the first process."""
 
 
 def _steps(
@@ -343,6 +369,17 @@ def _present(layers: Tensor | None) -> Tensor:
     if layers is None:
         raise RecipeError("losses: a loss over layers needs an encoder with layers")
     return layers
+
+
+def _checkpoint_activations(module: nn.Module) -> None:
+    """Let a transformer keep only the states between its layers."""
+    body = cast("Any", getattr(module, "body", module))
+    try:
+        body.activation_checkpointing_enable()
+    except (AttributeError, ValueError):
+        raise RecipeError(
+            f"schedule.activation_checkpointing: {type(body).__name__} has no layers to checkpoint; set it to false"
+        ) from None
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -57,6 +57,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, float]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             flat.update({f"{name}/{inner}": number for inner, number in _flat(value).items()})
-        else:
+        elif value is not None:
             flat[name] = float(value)
     return flat

@@ -8,19 +8,16 @@ a batch and mixed precision therefore live here, and no loss and no encoder know
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retrieval_kd.batching import length_sorted_batches
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from retrieval_kd.training.machine import Machine
 
 Positions = npt.NDArray[np.int64]
 
@@ -56,17 +53,17 @@ class Passes:
         padded: The same, padding included.
     """
 
-    def __init__(self, accelerator: Accelerator, max_tokens: int, cached: bool = False) -> None:
+    def __init__(self, machine: Machine, max_tokens: int, cached: bool = False) -> None:
         """Prepare a step.
 
         Args:
-            accelerator: The device, the precision, and the processes that share the work.
+            machine: The device, the precision, and the processes that share the work.
             max_tokens: Padded tokens in one forward pass.
             cached: Gradient caching (GradCache, Gao et al. 2021, arXiv 2101.06983): keep no activations and run each
                 micro-batch again, with the same dropout, once its output's gradient is known. Memory then holds one
                 micro-batch's, whatever the size of the batch, for one more forward pass.
         """
-        self._accelerator = accelerator
+        self._machine = machine
         self._max_tokens = max_tokens
         self._cached = cached
         self._runs: list[tuple[Work, Tensor, list[_MicroBatch]]] = []
@@ -84,7 +81,7 @@ class Passes:
         output: Tensor | None = None
         passed: list[_MicroBatch] = []
         for positions in self._share(lengths):
-            state = _RandomState(self._accelerator.device) if replay else None
+            state = _RandomState(self._machine.device) if replay else None
             with torch.set_grad_enabled(keep):
                 part = self._forward(work, positions)
             if output is None:
@@ -96,9 +93,8 @@ class Passes:
                 self.padded += len(positions) * int(lengths[positions].max())
         if output is None:
             output = self._nothing(work)
-        if self._accelerator.num_processes > 1:
-            # Each row is zero on all processes but one, so the sum is that one's to the bit.
-            output = self._accelerator.reduce(output, reduction="sum")
+        # Each row is zero on all processes but one, so the sum is that one's to the bit.
+        output = self._machine.sum(output)
         if gradients:
             self.texts += len(lengths)
             self._runs.append((work, output.requires_grad_(), passed))
@@ -123,36 +119,21 @@ class Passes:
 
     def _share(self, lengths: Positions) -> Iterator[Positions]:
         """Yield this process's micro-batches: each n-th text in the order of length, so that all have equal work."""
-        order = np.argsort(-lengths, kind="stable")[self._accelerator.process_index :: self._accelerator.num_processes]
+        order = np.argsort(-lengths, kind="stable")[self._machine.index :: self._machine.processes]
         for batch in length_sorted_batches(lengths[order], self._max_tokens):
             yield order[batch]
 
     def _forward(self, work: Work, positions: Positions) -> Tensor:
-        with self._accelerator.autocast():
+        with self._machine.autocast():
             output = work.forward(positions)
         # Similarities and losses are made in full precision, whatever the encoder ran in.
         return output if output.dtype == torch.float64 else output.float()
 
     def _nothing(self, work: Work) -> Tensor:
         """Return this process's share where there are fewer texts than processes: the output's shape, all zero."""
-        with torch.no_grad(), _RandomState(self._accelerator.device).replayed():
+        with torch.no_grad(), _RandomState(self._machine.device).replayed():
             one = self._forward(work, np.zeros(1, dtype=np.int64))
         return one.new_zeros((len(work.lengths), *one.shape[1:]))
-
-
-def sum_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter]) -> None:
-    """Add up what each process found for its share of the texts; on every process the same sum comes out."""
-    if accelerator.num_processes == 1:
-        return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    # A parameter that no text on any process reached keeps no gradient, so that the optimiser leaves it alone.
-    reached = torch.tensor([float(p.grad is not None) for p in trained], device=accelerator.device)
-    reached = accelerator.reduce(reached, reduction="sum")
-    found = [p for p, count in zip(trained, reached.tolist(), strict=True) if count]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in found])
-    summed = accelerator.reduce(flat, reduction="sum").split([p.numel() for p in found])
-    for parameter, gradient in zip(found, summed, strict=True):
-        parameter.grad = gradient.view_as(parameter)
 
 
 class _RandomState:

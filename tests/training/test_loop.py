@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny import tiny_encoder
 from torch import nn
-from training_jobs import curve, events, every_loss, job
+from training_jobs import curve, events, every_loss, job, stopping_after
 
 from retrieval_kd.errors import ArtifactError, DataError
 from retrieval_kd.losses.registry import LOSSES
@@ -49,34 +49,11 @@ def test_the_best_weights_are_left_in_the_student(tmp_path: Path) -> None:
         assert torch.equal(tensor, reference.state_dict()[name]), name
 
 
-def killed(folder: Path, kill_at: int, call: str) -> None:
-    """Run a job of ``training_jobs`` in a process that dies by SIGKILL as a step begins."""
-    script = textwrap.dedent(
-        f"""
-        import os, signal, sys
-        from pathlib import Path
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-        import retrieval_kd.training.loop as loop
-        from training_jobs import every_loss, job
-        calls, assemble = [], loop.assemble
-        def dying(*arguments):
-            calls.append(1)
-            if len(calls) > {kill_at}:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return assemble(*arguments)
-        loop.assemble = dying
-        folder = Path(sys.argv[1])
-        {call}
-        """
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], check=False, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-
-
-@pytest.mark.parametrize("kill_at", [1, 5, 8])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, kill_at: int) -> None:
+@pytest.mark.parametrize("steps", [1, 8])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, steps: int) -> None:
     """Without it a resumed run restarts at a higher loss (sentence-transformers#3756), with other dropout draws."""
-    killed(tmp_path / "a", kill_at, "job(folder, dropout=0.2)")
+    with stopping_after(steps):
+        job(tmp_path / "a", dropout=0.2)
     resumed, summary = job(tmp_path / "a", dropout=0.2)
     whole, expected = job(tmp_path / "b", dropout=0.2)
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
@@ -85,9 +62,20 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, kill_at: int) -
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_what_losses_remember_survives_a_kill_to_the_bit(tmp_path: Path) -> None:
+def test_a_kill_costs_neither_weights_nor_what_losses_remember(tmp_path: Path) -> None:
     """Without it a memory bank would come back empty, TAID's blend at its start, and LwF's copy as it is now."""
-    killed(tmp_path / "a", 5, "every_loss(folder, 'symmetric')")
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys
+        from pathlib import Path
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
+        from training_jobs import curve, every_loss, events, job, stopping_after
+        with stopping_after(5, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            every_loss(Path(sys.argv[1]), "symmetric")
+        """
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], check=False, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     resumed, _ = every_loss(tmp_path / "a", "symmetric")
     whole, _ = every_loss(tmp_path / "b", "symmetric")
     for one, other in zip(events(tmp_path / "a"), events(tmp_path / "b"), strict=True):

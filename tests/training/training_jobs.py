@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tiny import WORDS, tiny_encoder
 
@@ -17,11 +20,14 @@ from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.losses.registry import LOSSES
 from retrieval_kd.mining.candidates import CandidateList
+from retrieval_kd.recipes.loader import load_recipe, shipped_recipes
 from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec, StudentSpec
 from retrieval_kd.students.build import build_student
+from retrieval_kd.training import loop
 from retrieval_kd.training.batches import TrainingSet
 from retrieval_kd.training.dev import DevSet
-from retrieval_kd.training.loop import train
+from retrieval_kd.training.loop import _Run, train
+from retrieval_kd.training.machine import Machine
 from retrieval_kd.training.towers import DocumentTower, FrozenDocuments, LayerTeacher, LiveDocuments
 
 SCHEDULE = ScheduleSpec(epochs=3, batch_queries=8, learning_rate=3e-3, evaluations=3, checkpoints=6, micro_tokens=64)
@@ -110,6 +116,28 @@ def every_loss(folder: Path, mode: str, **options: Any) -> tuple[TorchEncoder, A
     return work.student, work.run(folder, EVERY_LOSS, layer_teacher=work.layer_teacher(), **options)
 
 
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def stopping_after(steps: int, stop: Callable[[], None] = _interrupt) -> Iterator[None]:
+    """Stop a run within the block as it begins the step after ``steps``."""
+    assemble, begun = loop.assemble, 0
+
+    def stopped(*arguments: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        if begun > steps:
+            stop()
+        return assemble(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(loop, "assemble", stopped)
+        yield
+    assert begun == steps + 1
+
+
 def events(folder: Path, event: str = "train") -> list[dict[str, Any]]:
     """Return the log's rows of one event."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -120,3 +148,66 @@ def curve(folder: Path) -> list[tuple[int, str, float]]:
     """Return what must be equal in two runs of one recipe; speeds are not."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["event"], row.get("loss", row.get("nDCG@10"))) for row in rows]
+
+
+ROWS = np.arange(12)
+Outcome = tuple[float, dict[str, torch.Tensor]]
+
+
+def one_step(
+    losses: Sequence[LossSpec],
+    mode: str = "symmetric",
+    dropout: float = 0.0,
+    double: bool = True,
+    sizes: Sequence[int] = (8,),
+    **schedule: Any,
+) -> Outcome:
+    """Return the loss and all gradients of one step of a fresh run."""
+    job = Job(mode, dropout, sizes=sizes)
+    if double:
+        job.student.double()
+        job.start.double()
+    run = _Run(
+        Machine(schedule.get("precision", "fp32")),
+        job.student,
+        job.documents,
+        job.data,
+        losses,
+        replace(SCHEDULE, **{"clip": 1e9, "micro_tokens": 48, **schedule}),
+        job.layer_teacher(),
+        None,
+    )
+    gradients: dict[str, torch.Tensor] = {}
+    run.optimizer.register_step_pre_hook(
+        lambda *_: gradients.update(
+            {n: p.grad.clone() for n, p in run.trained.named_parameters() if p.grad is not None}
+        )
+    )
+    torch.manual_seed(1)
+    return run.step(ROWS, 1.0, 0.5, "step")["loss"], gradients
+
+
+def assert_equal(one: Outcome, other: Outcome, within: float) -> None:
+    assert one[0] == pytest.approx(other[0], rel=within)
+    assert one[1].keys() == other[1].keys()
+    assert one[1]
+    for name, gradient in one[1].items():
+        assert (gradient - other[1][name]).abs().max() <= within * max(1.0, float(gradient.abs().max())), name
+
+
+Case = tuple[str, tuple[LossSpec, ...], str, tuple[int, ...], bool]
+
+
+def cases() -> Iterator[Case]:
+    """Yield each pair of losses that a shipped recipe combines, bare and fully wrapped; all losses in every way."""
+    pairs: dict[str, tuple[LossSpec, ...]] = {"every loss": EVERY_LOSS}
+    for name in shipped_recipes():
+        for stage in load_recipe(name).training:
+            for pair in itertools.combinations(stage.losses, min(2, len(stage.losses))):
+                pairs.setdefault(" + ".join(spec.name for spec in pair), pair)
+    for (label, losses), mode, sizes, cached in itertools.product(
+        pairs.items(), ("symmetric", "asymmetric"), ((), (8, 4)), (False, True)
+    ):
+        if losses is not EVERY_LOSS and cached != bool(sizes):
+            continue
+        yield f"{label}, {mode}, sizes {sizes}, cached {cached}", losses, mode, sizes, cached

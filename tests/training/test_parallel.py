@@ -1,0 +1,62 @@
+"""Two processes on one batch equal one process, for every pair of losses that a recipe combines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_jobs import Job, assert_equal, cases, curve, events, one_step
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run all cases once under torchrun: starting two processes costs more than all of them."""
+    folder = tmp_path_factory.mktemp("together")
+    path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parents[1])])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(HERE / "parallel_cases.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_in_loss_and_every_gradient(together: Path) -> None:
+    """Without it a second process would train another model (sentence-transformers#3415), or misalign the gather."""
+    found = load_file(together / "process-0.safetensors")
+    count = 0
+    for label, losses, mode, sizes, cached in cases():
+        theirs = {key.split("|")[1]: tensor for key, tensor in found.items() if key.startswith(f"{label}|")}
+        loss = float(theirs.pop("loss"))
+        assert_equal((loss, theirs), one_step(losses, mode, sizes=sizes, gradient_cache=cached), 1e-6)
+        count += 1
+    assert count >= 8 + 4 * 4
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_of_one(together: Path, tmp_path: Path) -> None:
+    """Without it the processes could drift apart, log twice, or load other weights as the best ones."""
+    first, second = (load_file(together / f"process-{index}.safetensors") for index in range(2))
+    for key, tensor in first.items():
+        assert torch.equal(tensor, second[key]), key
+    alone = Job("symmetric")
+    alone.student.double()
+    alone.run(tmp_path)
+    for name, tensor in alone.student.state_dict().items():
+        assert torch.allclose(tensor, first[f"run|{name}"], atol=1e-7), name
+    assert [row[:2] for row in curve(together / "run")] == [row[:2] for row in curve(tmp_path)]
+    for one, two in zip(events(tmp_path), events(together / "run"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+        assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-6)
