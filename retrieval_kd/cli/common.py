@@ -38,7 +38,8 @@ def open_workspace(recipe: str, overrides: Sequence[str] | None, artifacts: Path
 
     # Both are first used after hours of scoring and training.
     for stage in loaded.training:
-        check_losses(stage.losses)
+        compares = any(member.kind == "pairwise" for member in stage.teacher.ensemble)
+        check_losses(stage.losses, pairwise=compares)
     for measure in loaded.evaluation.measures:
         parse_measure(measure)
     return Workspace(loaded, artifacts, announce)

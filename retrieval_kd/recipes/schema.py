@@ -265,7 +265,7 @@ class MemberSpec:
             is a TREC run; ``scores`` is a score store's folder or a Parquet or TSV file of scores.
         model: A local folder or hub id. Empty: a cross-encoder is made by ``fine_tune``, a bi-encoder is the
             recipe's encoder.
-        path: The file or folder of ``run`` and ``scores``.
+        path: The file or folder of ``run`` and ``scores``; of ``pairwise``, preferences that are there already.
         weight: Its share of the mean; only the ratio of the members' weights matters.
         max_length: Longest input in tokens: a pair, a triple, or one text for the encoders.
         template: The prompt of a model that needs one, with ``{query}`` and ``{document}``; of a pairwise model with
@@ -303,11 +303,14 @@ class MemberSpec:
                 _require(
                     getattr(self, key.name) == key.default, f"{where}: {key.name} is not read; it takes {sorted(read)}"
                 )
-        if "fine_tune" in read and not self.model and self.fine_tune is None:
+        if "fine_tune" in read and not (self.model or self.path) and self.fine_tune is None:
             object.__setattr__(self, "fine_tune", FineTuneSpec())
-        _require(not (self.model and self.fine_tune), f"{where}: give either model or fine_tune, not both")
+        _require(
+            (bool(self.model) + bool(self.path) + bool(self.fine_tune)) <= 1,
+            f"{where}: give only one of {', '.join(sorted(read & {'model', 'path', 'fine_tune'}))}",
+        )
         _require(self.kind != "late_interaction" or bool(self.model), f"{where}: name its model")
-        _require("path" not in read or bool(self.path), f"{where}: name the path of its scores")
+        _require(self.kind not in ("run", "scores") or bool(self.path), f"{where}: name the path of its scores")
         _require(
             self.kind != "scores" or self.activation != "logit_difference",
             f"{where}: activation logit_difference needs two logits, a file has one score; use identity or sigmoid",
@@ -324,7 +327,7 @@ class MemberSpec:
 
 _MEMBER_KEYS: Mapping[str, frozenset[str]] = {
     "cross_encoder": frozenset({"model", "max_length", "template", "activation", "fine_tune", "compress"}),
-    "pairwise": frozenset({"model", "max_length", "template", "aggregation", "comparisons", "fine_tune"}),
+    "pairwise": frozenset({"model", "path", "max_length", "template", "aggregation", "comparisons", "fine_tune"}),
     "late_interaction": frozenset({"model", "max_length", "query_prefix", "document_prefix"}),
     "bi_encoder": frozenset({"model", "max_length", "query_prefix", "document_prefix"}),
     "run": frozenset({"path"}),
@@ -366,6 +369,8 @@ class TeacherSpec:
             short = [key for key in fields(self) if key.name not in ("normalise", "members")]
             both = [key.name for key in short if getattr(self, key.name) != key.default]
             _require(not both, f"teacher: give either members or the short form ({', '.join(both)}), not both")
+            pairwise = sum(member.kind == "pairwise" for member in self.members)
+            _require(pairwise <= 1, f"teacher.members: {pairwise} are pairwise; at most one can be")
         elif not self.model and self.fine_tune is None:
             object.__setattr__(self, "fine_tune", FineTuneSpec())
         _require(not (self.model and self.fine_tune), "teacher: give either model or fine_tune, not both")

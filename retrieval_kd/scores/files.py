@@ -13,10 +13,13 @@ import pyarrow.parquet as pq
 from retrieval_kd.artifacts import file_sha256
 from retrieval_kd.collections.files import Line, read_lines
 from retrieval_kd.errors import DataError
+from retrieval_kd.scores.preferences import SCHEMA as PREFERENCES
+from retrieval_kd.scores.preferences import PreferenceStore
 from retrieval_kd.scores.store import SCHEMA, ScoreStore
 
 _TREC_COLUMNS = 6
 _TSV_COLUMNS = 3
+_LOGARITHMS = PREFERENCES.set(3, pa.field("logp", pa.float32(), nullable=False))
 
 
 def read_scores(path: Path) -> ScoreStore:
@@ -35,7 +38,7 @@ def read_scores(path: Path) -> ScoreStore:
     if path.is_dir():
         return ScoreStore.open(path)
     if path.suffix == ".parquet":
-        return ScoreStore(path, file_sha256(path), _parquet(path), lambda _: str(path))
+        return ScoreStore(path, file_sha256(path), _parquet(path, SCHEMA), lambda _: str(path))
     queries, documents, scores = [], [], []
     for _, query_id, doc_id, score in _text_rows(path):
         queries.append(query_id)
@@ -53,22 +56,50 @@ def read_scores(path: Path) -> ScoreStore:
     )
 
 
-def _parquet(path: Path) -> pa.Table:
+def read_preferences(path: Path) -> PreferenceStore:
+    """Read a pairwise teacher's preferences.
+
+    Args:
+        path: A preference store's folder, or a Parquet file with the columns ``query_id``, ``doc_i``, ``doc_j`` and
+            ``p``, the probability that i is more relevant, or ``logp``, its natural logarithm.
+
+    Raises:
+        ArtifactError: a folder that is not a whole store.
+        DataError: a file of another form, a value that is no probability, or a pair in one order twice.
+    """
+    if path.is_dir():
+        return PreferenceStore.open(path)
+    logarithmic = "logp" in _column_names(path)
+    table = _parquet(path, _LOGARITHMS if logarithmic else PREFERENCES)
+    if logarithmic:
+        with np.errstate(over="ignore"):
+            probabilities = np.exp(table["logp"].to_numpy())
+        table = pa.table([*table.columns[:3], probabilities], schema=PREFERENCES)
+    return PreferenceStore(path, file_sha256(path), table, lambda _: str(path))
+
+
+def _column_names(path: Path) -> list[str]:
     try:
-        with pq.ParquetFile(path) as file:
-            table = file.read(columns=SCHEMA.names)
+        names: list[str] = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a Parquet file ({error}); give one, or a file of another suffix") from None
-    if sorted(table.schema.names) != sorted(SCHEMA.names):
-        raise DataError(f"{path}: a score file has the columns {SCHEMA.names}, this one {table.schema.names} of them")
-    empty = [name for name in SCHEMA.names if table[name].null_count]
+    return names
+
+
+def _parquet(path: Path, schema: pa.Schema) -> pa.Table:
+    missing = [name for name in schema.names if name not in _column_names(path)]
+    if missing:
+        raise DataError(f"{path}: no column {missing[0]!r}; such a file has {schema.names}")
+    with pq.ParquetFile(path) as file:
+        table = file.read(columns=schema.names).select(schema.names)
+    empty = [name for name in schema.names if table[name].null_count]
     if empty:
-        raise DataError(f"{path}: column {empty[0]!r} has empty values; give every pair its score")
+        raise DataError(f"{path}: column {empty[0]!r} has empty values; give every row its own")
     try:
         # Not safe: a double that no float32 can hold exactly is still the score, and one too large is found later.
-        return table.select(SCHEMA.names).cast(SCHEMA, safe=False)
+        return table.cast(schema, safe=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{path}: {error}; a score file has {SCHEMA.to_string()}") from None
+        raise DataError(f"{path}: {error}; such a file has {schema.names}, text and a number") from None
 
 
 def _text_rows(path: Path) -> Iterator[tuple[Line, str, str, float]]:

@@ -85,8 +85,8 @@ class ScoreStore:
         bad = np.flatnonzero(~np.isfinite(scores))
         if len(bad):
             raise DataError(_not_finite(where(int(bad[0])), table, int(bad[0])))
-        query_codes, self._query_ids = _encode(table["query_id"])
-        doc_codes, self._doc_ids = _encode(table["doc_id"])
+        query_codes, self._query_ids = encode_ids(table["query_id"])
+        doc_codes, self._doc_ids = encode_ids(table["doc_id"])
         self._query_code = {query_id: code for code, query_id in enumerate(self._query_ids)}
         self._doc_code = {doc_id: code for code, doc_id in enumerate(self._doc_ids)}
         keys = query_codes * max(1, len(self._doc_ids)) + doc_codes
@@ -226,7 +226,7 @@ def _not_finite(where: str, table: pa.Table, row: int) -> str:
     return f"{where}: query {query_id!r} and document {doc_id!r} have the score {score}; mend the teacher that made it"
 
 
-def _encode(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
+def encode_ids(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], list[str]]:
     """Return each value's code and the distinct values in the order of their codes."""
     encoded = pa.concat_arrays(column.chunks or [pa.array([], column.type)]).dictionary_encode()
     return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()

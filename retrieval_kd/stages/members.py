@@ -14,15 +14,16 @@ import numpy as np
 
 from retrieval_kd.artifacts import MANIFEST, Artifact, Spec, canonical_json, fingerprint
 from retrieval_kd.encoders.resolve import resolve_model
-from retrieval_kd.errors import ArtifactError, RecipeError
-from retrieval_kd.recipes.schema import EncoderSpec, FineTuneSpec, MemberSpec
+from retrieval_kd.errors import ArtifactError, DataError, RecipeError
+from retrieval_kd.recipes.schema import EncoderSpec, MemberSpec
 from retrieval_kd.runs import Scores, Shortlist
 
 if TYPE_CHECKING:
     from retrieval_kd.encoders.onnx import OnnxEncoder
+    from retrieval_kd.scores.preferences import Preferences, PreferenceStore
     from retrieval_kd.scores.store import ScoreStore
     from retrieval_kd.stages.workspace import Workspace
-    from retrieval_kd.teachers.cross_encoder import CrossEncoder
+    from retrieval_kd.teachers.cross_encoder import CrossEncoder, PairwiseRanker
     from retrieval_kd.teachers.scoring import PairScorer
 
 
@@ -68,10 +69,12 @@ def open_member(workspace: Workspace, spec: MemberSpec) -> Member:
     Raises:
         RecipeError: no stage makes such a member yet.
     """
-    if spec.kind in ("pairwise", "late_interaction") or spec.compress:
+    if spec.kind == "late_interaction" or spec.compress:
         raise RecipeError(f"teacher.members ({spec.kind}): no stage makes it yet; use another kind, without compress")
     if spec.kind == "cross_encoder":
         return CrossEncoderMember(workspace, spec)
+    if spec.kind == "pairwise":
+        return PairwiseMember(workspace, spec)
     if spec.kind == "bi_encoder":
         return BiEncoderMember(workspace, spec)
     return FileMember(spec)
@@ -95,25 +98,7 @@ class CrossEncoderMember:
     @cached_property
     def folder(self) -> Path:
         """Return the model's folder, fine-tuning it first if the recipe says so."""
-        if self.spec.fine_tune is None:
-            return resolve_model(self.spec.model)
-        return self._fine_tuned(self.spec.fine_tune)
-
-    def _fine_tuned(self, spec: FineTuneSpec) -> Path:
-        from retrieval_kd.teachers.fine_tune import fine_tune_cross_encoder
-
-        workspace = self._workspace
-        lists = workspace.lists_for_teacher(spec)
-        stage = Spec(
-            "teach",
-            config={**dataclasses.asdict(spec), "max_length": self.spec.max_length},
-            inputs={"collection": workspace.collection.fingerprint, "lists": identity(lists)},
-            seed=workspace.recipe.seed,
-        )
-        folder = workspace.folder(stage, "fine-tune the cross-encoder teacher")
-        seed = workspace.recipe.seed
-        fine_tune_cross_encoder(workspace.collection, lists, spec, self.spec.max_length, seed, folder)
-        return folder
+        return _model_folder(self._workspace, self.spec)
 
     @cached_property
     def reranker(self) -> CrossEncoder:
@@ -135,6 +120,85 @@ class CrossEncoderMember:
         return [
             activate(logits, self.spec.activation) for logits in stored_scores(self._workspace, self.reranker, lists)
         ]
+
+
+class PairwiseMember:
+    """A pairwise ranker, or a file of its preferences; a list is compared once in a workspace."""
+
+    # A list costs the square of its length.
+    scores_new_lists = False
+    reranker = None
+
+    def __init__(self, workspace: Workspace, spec: MemberSpec) -> None:
+        """Prepare it."""
+        self.spec = spec
+        self._workspace = workspace
+
+    @property
+    def name(self) -> str:
+        """Return the model's or the file's name."""
+        return Path(self.spec.model or self.spec.path).name or "fine-tuned"
+
+    @cached_property
+    def folder(self) -> Path:
+        """Return the model's folder, fine-tuning it first if the recipe says so; of a file, the file."""
+        return Path(self.spec.path) if self.spec.path else _model_folder(self._workspace, self.spec)
+
+    @cached_property
+    def _ranker(self) -> PairwiseRanker:
+        from retrieval_kd.teachers.cross_encoder import PairwiseRanker
+
+        return PairwiseRanker.load(str(self.folder), self.spec.max_length, self.spec.template, "sigmoid")
+
+    @cached_property
+    def _read(self) -> PreferenceStore:
+        from retrieval_kd.scores.files import read_preferences
+
+        return read_preferences(self.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return the identity of the preferences and of what is made of them."""
+        identity = self._read.fingerprint if self.spec.path else self._ranker.fingerprint
+        return fingerprint([identity, self.spec.aggregation, self.spec.comparisons, self._workspace.recipe.seed])
+
+    def preferences(self, lists: Sequence[Shortlist]) -> list[Preferences]:
+        """Return each list's symmetrised preferences, comparing what no earlier stage has compared.
+
+        Raises:
+            DataError: a file has no preference at all for a document of a list; says how many and names the first.
+        """
+        from retrieval_kd.scores.preferences import symmetrised
+
+        found = (self._read if self.spec.path else self._compared(lists)).find(lists)
+        matrices = [symmetrised(preferences) for preferences in found]
+        if self.spec.path:
+            _require_compared(self.folder, lists, matrices)
+        return matrices
+
+    def _compared(self, lists: Sequence[Shortlist]) -> PreferenceStore:
+        from retrieval_kd.scores.preferences import STAGE, PreferenceStore
+        from retrieval_kd.teachers.scoring import compare_candidates
+
+        workspace, comparisons = self._workspace, self.spec.comparisons
+        inputs = {
+            "teacher": self._ranker.fingerprint,
+            "collection": workspace.collection.fingerprint,
+            "lists": identity(lists),
+        }
+        seed = workspace.recipe.seed if comparisons else 0
+        folder = workspace.folder(
+            Spec(STAGE, {"comparisons": comparisons}, inputs, seed),
+            f"compare the documents of {len(lists):,} lists with {self._ranker.name}",
+        )
+        compare_candidates(self._ranker, workspace.collection, lists, folder, comparisons, seed)
+        return PreferenceStore.open(folder)
+
+    def scores(self, lists: Sequence[Shortlist], queries: Mapping[str, str]) -> list[Scores]:
+        """Return the aggregated preferences."""
+        from retrieval_kd.scores.preferences import aggregated
+
+        return [aggregated(preferences, self.spec.aggregation) for preferences in self.preferences(lists)]
 
 
 class BiEncoderMember:
@@ -213,6 +277,55 @@ class FileMember:
         from retrieval_kd.scores.normalise import activate
 
         return [activate(scores, self.spec.activation) for scores in self._store.score_lists(lists)]
+
+
+def _model_folder(workspace: Workspace, spec: MemberSpec) -> Path:
+    """Return the folder of the model that a member names, or fine-tune one."""
+    if spec.fine_tune is None:
+        return resolve_model(spec.model)
+    assert spec.kind == "cross_encoder" or spec.kind == "pairwise"
+    from retrieval_kd.teachers.fine_tune import STAGE, fine_tune_ranker
+
+    lists = workspace.lists_for_teacher(spec.fine_tune)
+    stage = Spec(
+        STAGE,
+        config={
+            "kind": spec.kind,
+            "fine_tune": dataclasses.asdict(spec.fine_tune),
+            "max_length": spec.max_length,
+            "template": spec.template,
+        },
+        inputs={"collection": workspace.collection.fingerprint, "lists": identity(lists)},
+        seed=workspace.recipe.seed,
+    )
+    folder = workspace.folder(stage, f"fine-tune the {spec.kind.replace('_', '-')} teacher")
+    fine_tune_ranker(
+        spec.kind,
+        workspace.collection,
+        lists,
+        spec.fine_tune,
+        spec.max_length,
+        workspace.recipe.seed,
+        folder,
+        spec.template,
+    )
+    return folder
+
+
+def _require_compared(path: Path, lists: Sequence[Shortlist], matrices: Sequence[Preferences]) -> None:
+    """Refuse documents of which a file of preferences says nothing."""
+    unknown = [
+        (item.query_id, item.doc_ids[i])
+        for item, preferences in zip(lists, matrices, strict=True)
+        for i in np.flatnonzero(np.isnan(preferences).all(axis=1))
+    ]
+    if unknown:
+        total = sum(len(item.doc_ids) for item in lists)
+        first = ", ".join(f"query {query_id!r} document {doc_id!r}" for query_id, doc_id in unknown[:3])
+        raise DataError(
+            f"{path}: {len(unknown)} of {total} candidates are in no comparison ({first}"
+            f"{', ...' if len(unknown) > 3 else ''}); compare these candidates with this teacher"
+        )
 
 
 def stored_scores(workspace: Workspace, ranker: PairScorer, lists: Sequence[Shortlist]) -> list[Scores]:

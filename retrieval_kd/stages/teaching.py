@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from retrieval_kd.artifacts import fingerprint
+from retrieval_kd.errors import RecipeError
 from retrieval_kd.recipes.schema import TeacherSpec
 from retrieval_kd.runs import Scores, Shortlist
 from retrieval_kd.scores.normalise import ensemble
-from retrieval_kd.stages.members import Member, open_member
+from retrieval_kd.stages.members import Member, PairwiseMember, open_member
 
 if TYPE_CHECKING:
+    from retrieval_kd.scores.preferences import Preferences
     from retrieval_kd.stages.workspace import Workspace
 
 
@@ -59,3 +61,17 @@ class Teaching:
         """
         members = [member.scores(lists, queries) for member in self.members]
         return ensemble(members, [member.spec.weight for member in self.members], self.spec.normalise)
+
+    def preferences(self, lists: Sequence[Shortlist]) -> list[Preferences]:
+        """Return the pairwise member's preferences: for each list float32 ``[documents, documents]``.
+
+        Entry (i, j) is the probability that document i is more relevant than j, whichever was read first; NaN where
+        they were not compared and on the diagonal.
+
+        Raises:
+            RecipeError: no member compares documents.
+        """
+        for member in self.members:
+            if isinstance(member, PairwiseMember):
+                return member.preferences(lists)
+        raise RecipeError("teacher: no member compares documents; name one of kind pairwise")

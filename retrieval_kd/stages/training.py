@@ -58,7 +58,14 @@ class TrainingStage:
 
         infos = [LOSSES[loss.name] for loss in self.spec.losses if loss.teacher == "scores"]
         reads = any(info.kind in ("scores", "in_batch") and "teacher" in info.needs for info in infos)
-        return reads or self.spec.selection.kind == "disagreement"
+        return reads or self._compares or self.spec.selection.kind == "disagreement"
+
+    @cached_property
+    def _compares(self) -> bool:
+        """Return whether a loss reads the teacher's preferences."""
+        from retrieval_kd.losses.registry import LOSSES
+
+        return any(LOSSES[loss.name].kind == "pairs" for loss in self.spec.losses)
 
     @cached_property
     def mined(self) -> Artifact:
@@ -168,6 +175,7 @@ class TrainingStage:
             teacher=self.teacher_scores if self.needs_teacher and stage.joint is None else None,
             qrels=workspace.collection.qrels("train"),
             query_targets=workspace.query_vectors.vectors[rows],
+            preferences=self.teacher.preferences(self.lists) if self._compares else None,
         )
 
         def documents(device: torch.device) -> DocumentTower:

@@ -1,4 +1,4 @@
-"""A cross-encoder as teacher: query and document read together, one logit out."""
+"""Rankers that read texts together: the cross-encoder, a query and a document; the pairwise ranker, two documents."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
-from tokenizers import Encoding
 from torch import nn
 
 from retrieval_kd.artifacts import atomic_write, file_sha256, fingerprint
@@ -19,10 +18,11 @@ from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.encoders.torch_encoder import BATCH_TOKENS, WEIGHTS, quiet_transformers
 from retrieval_kd.errors import ArtifactError, RecipeError
 from retrieval_kd.runs import Scores
-from retrieval_kd.scores.normalise import Activation
+from retrieval_kd.scores.normalise import Activation, activate
 from retrieval_kd.scores.store import ScoreSource
 from retrieval_kd.teachers.onnx_classifier import OnnxClassifier
-from retrieval_kd.teachers.pairs import TEMPLATE, PairTokenizer, logits
+from retrieval_kd.teachers.pairs import PairTokenizer, RowTokenizer, TripleTokenizer, logits
+from retrieval_kd.teachers.rows import TokenRow
 
 # Tokens of this many pairs are in memory at a time, however many pairs there are.
 _CHUNK = 4096
@@ -35,8 +35,10 @@ _LARGEST_DIFFERENCE = 1e-4
 _log = logging.getLogger(__name__)
 
 
-class CrossEncoder:
+class TextRanker:
     """A sequence classifier with one label or two, in float32, giving raw logits; of two labels, their difference.
+
+    Which texts it reads together is its kinds' own.
 
     No activation is applied, whatever the model's configuration names: whether a sigmoid follows has
     depended on the folder and the library's version (sentence-transformers#1546), and a sigmoid
@@ -45,16 +47,18 @@ class CrossEncoder:
 
     On a CPU the scores are those of the model's graph under onnxruntime, which is faster than torch and whose
     threads do not spin while they wait. The graph is made when first needed and has to agree with torch on the
-    first pairs scored; otherwise a warning says so and torch scores.
+    first inputs scored; otherwise a warning says so and torch scores.
 
-    The score of a pair does not depend on the pairs beside it beyond rounding in float32 (measured: below 1e-5).
+    The score of an input does not depend on the inputs beside it beyond rounding in float32 (measured: below 1e-5).
     """
+
+    _rows: type[RowTokenizer]
 
     def __init__(
         self,
         name: str,
         model: nn.Module,
-        tokenizer: PairTokenizer,
+        tokenizer: RowTokenizer,
         files: Mapping[str, str],
         max_length: int,
         template: str,
@@ -62,7 +66,7 @@ class CrossEncoder:
         """Use :meth:`load`."""
         self.name = name
         self.max_length = max_length
-        self._template = template or TEMPLATE
+        self._template = template or self._rows.ROWS.LAYOUT
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = model.to(self._device).eval()
         self._tokenizer = tokenizer
@@ -70,13 +74,13 @@ class CrossEncoder:
         self._scorer: Callable[..., Any] | None = self._model if self._device.type == "cuda" else None
 
     @classmethod
-    def load(cls, model: str, max_length: int, template: str = "", activation: Activation = "identity") -> CrossEncoder:
-        """Read a cross-encoder.
+    def load(cls, model: str, max_length: int, template: str = "", activation: Activation = "identity") -> Self:
+        """Read a ranker.
 
         Args:
             model: A local folder or hub id, see :func:`retrieval_kd.encoders.resolve.resolve_model`.
-            max_length: Longest pair in tokens, special tokens included; the longer text is cut first.
-            template: A prompt with ``{query}`` and ``{document}``; the tokenizer's own pair when empty.
+            max_length: Longest input in tokens, special tokens included; the longest text is cut first.
+            template: A prompt with a place for each text; the tokenizer's own layout when empty.
             activation: What will be made of the logits; a classifier of two labels needs ``logit_difference`` or
                 ``sigmoid``.
 
@@ -100,8 +104,8 @@ class CrossEncoder:
             raise RecipeError(f"teacher.max_length: {max_length} is more than the {positions} positions of {model!r}")
         weights = sorted(folder.glob("*.safetensors"))
         files = {path.name: file_sha256(path) for path in [*weights, folder / "config.json", folder / TOKENIZER]}
-        pairs = PairTokenizer(tokenizer, classifier, max_length, template)
-        return cls(Path(model).name, classifier, pairs, files, max_length, template)
+        rows = cls._rows(tokenizer, classifier, max_length, template)
+        return cls(Path(model).name, classifier, rows, files, max_length, template)
 
     @property
     def parameters(self) -> int:
@@ -121,32 +125,23 @@ class CrossEncoder:
         reading = "logit" if config.num_labels == 1 else "logit_difference"
         return ScoreSource(self.name, fingerprint(weights), self._template, self.max_length, reading)
 
-    def score(self, pairs: Sequence[tuple[str, str]], on_rows: Callable[[int], None] | None = None) -> Scores:
-        """Score (query, document) texts.
-
-        Args:
-            pairs: Any number of pairs; their tokens are made in chunks.
-            on_rows: Called with the number of pairs each batch finished.
-
-        Returns:
-            Raw logits, float32 ``[len(pairs)]``, in the order of ``pairs``.
-        """
-        scores = np.empty(len(pairs), dtype=np.float32)
-        for start in range(0, len(pairs), _CHUNK):
-            rows = self._tokenizer(pairs[start : start + _CHUNK])
+    def _score(self, inputs: Sequence[tuple[str, ...]], on_rows: Callable[[int], None] | None) -> Scores:
+        scores = np.empty(len(inputs), dtype=np.float32)
+        for start in range(0, len(inputs), _CHUNK):
+            rows = self._tokenizer(inputs[start : start + _CHUNK])
             if self._scorer is None:
                 self._scorer = self._cpu_scorer(rows[:_CHECKED_PAIRS])
             scores[start : start + len(rows)] = self._logits(self._scorer, rows, on_rows)
         return scores
 
     def _logits(
-        self, scorer: Callable[..., Any], rows: Sequence[Encoding], on_rows: Callable[[int], None] | None = None
+        self, scorer: Callable[..., Any], rows: Sequence[TokenRow], on_rows: Callable[[int], None] | None = None
     ) -> Scores:
         budget = _BATCH_TOKENS[self._device.type]
         with torch.inference_mode():
             return logits(scorer, self._tokenizer, rows, budget, self._device, on_rows).cpu().numpy()
 
-    def _cpu_scorer(self, rows: Sequence[Encoding]) -> Callable[..., Any]:
+    def _cpu_scorer(self, rows: Sequence[TokenRow]) -> Callable[..., Any]:
         """Return the model's graph if it agrees with the model on these rows, else the model."""
         try:
             graph = OnnxClassifier(self._model, list(self._tokenizer.batch(rows, self._device)))
@@ -158,6 +153,48 @@ class CrossEncoder:
             _log.warning("%s: scoring with torch; the ONNX graph's logits differ by %.1e", self.name, difference)
             return self._model
         return graph
+
+
+class CrossEncoder(TextRanker):
+    """Query and document read together, one raw logit out."""
+
+    _rows = PairTokenizer
+
+    def score(self, pairs: Sequence[tuple[str, str]], on_rows: Callable[[int], None] | None = None) -> Scores:
+        """Score (query, document) texts.
+
+        Args:
+            pairs: Any number of pairs; their tokens are made in chunks.
+            on_rows: Called with the number of pairs each batch finished.
+
+        Returns:
+            Raw logits, float32 ``[len(pairs)]``, in the order of ``pairs``.
+        """
+        return self._score(pairs, on_rows)
+
+
+class PairwiseRanker(TextRanker):
+    """A query and two documents read together, out of which comes how likely the first is the more relevant.
+
+    duoBERT (arXiv 1910.14424) and PairDistill's teacher (Huang and Chen 2024) are of this kind.
+    """
+
+    _rows = TripleTokenizer
+
+    def preferences(
+        self, triples: Sequence[tuple[str, str, str]], on_rows: Callable[[int], None] | None = None
+    ) -> Scores:
+        """Compare (query, first, second) texts.
+
+        Args:
+            triples: Any number of triples; their tokens are made in chunks.
+            on_rows: Called with the number of triples each batch finished.
+
+        Returns:
+            The probability that the first document is more relevant than the second, float32 ``[len(triples)]``,
+            in this order only: a model that prefers what it reads first says so here.
+        """
+        return activate(self._score(triples, on_rows), "sigmoid")
 
 
 def load_classifier(folder: Path) -> Any:

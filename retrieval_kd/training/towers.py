@@ -10,7 +10,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Encoding
 from torch import Tensor, nn
 
 from retrieval_kd.batching import pad
@@ -223,7 +222,6 @@ class JointReranker:
         device = next(self.module.parameters()).device
 
         def forward(positions: Positions) -> Tensor:
-            batch: list[Encoding] = [rows[i] for i in positions]
-            return one_score(self.module(**self._tokenizer.batch(batch, device)).logits)
+            return one_score(self.module(**self._tokenizer.batch([rows[i] for i in positions], device)).logits)
 
         return passes.run(Work([len(row.ids) for row in rows], forward))

@@ -9,7 +9,7 @@ import pytest
 
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Shortlist, rank, write_trec
-from retrieval_kd.scores.files import read_scores
+from retrieval_kd.scores.files import read_preferences, read_scores
 
 
 def text_file(tmp_path: Path, text: str) -> Path:
@@ -79,9 +79,9 @@ def test_bad_parquet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a Parquet file"):
         read_scores(path)
     for table, message in (
-        (pa.table({"query_id": ["q"], "score": [1.0]}), r"has the columns"),
+        (pa.table({"query_id": ["q"], "score": [1.0]}), "no column 'doc_id'"),
         (pa.table({"query_id": ["q"], "doc_id": ["d"], "score": [None]}), "'score' has empty values"),
-        (pa.table({"query_id": ["q"], "doc_id": ["d"], "score": ["high"]}), "a score file has"),
+        (pa.table({"query_id": ["q"], "doc_id": ["d"], "score": ["high"]}), "such a file has"),
         (pa.table({"query_id": ["q"], "doc_id": ["d"], "score": [float("nan")]}), "have the score nan"),
     ):
         pq.write_table(table, path)
@@ -96,3 +96,20 @@ def test_missing_pairs_are_counted_and_named(tmp_path: Path) -> None:
     store = read_scores(text_file(tmp_path, "q\ta\t1\n"))
     with pytest.raises(DataError, match=r"3 of 4 pairs have no score \(query 'q' document 'b', .*'p' document 'a'"):
         store.score_lists([Shortlist("q", ("a", "b", "c")), Shortlist("p", ("a",))])
+
+
+def test_preferences_are_read_by_the_name_of_their_column(tmp_path: Path) -> None:
+    """Without it PairDistill's log-probabilities would be refused, or worse, be taken for probabilities."""
+    path = tmp_path / "p.parquet"
+    ids = {"query_id": ["q", "q"], "doc_i": ["a", "b"], "doc_j": ["b", "a"]}
+    for column, values in (("p", [0.8, 0.4]), ("logp", [float(np.log(0.8)), float(np.log(0.4))])):
+        pq.write_table(pa.table({**ids, column: values}), path)
+        (matrix,) = read_preferences(path).find([Shortlist("q", ("a", "b"))])
+        np.testing.assert_allclose(matrix, [[np.nan, 0.8], [0.4, np.nan]], rtol=1e-6)
+    for column, message in (("p", "have the preference -0.2"), ("logp", "have the preference 1.2")):
+        pq.write_table(pa.table({**ids, column: [0.5, -0.2] if column == "p" else [-1.0, 0.2]}), path)
+        with pytest.raises(DataError, match=message):
+            read_preferences(path)
+    pq.write_table(pa.table({"query_id": ["q"], "score": [0.5]}), path)
+    with pytest.raises(DataError, match="no column 'doc_i'"):
+        read_preferences(path)

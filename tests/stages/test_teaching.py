@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_overrides
 
-from retrieval_kd.errors import DataError
+from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.recipes.loader import load_recipe
 from retrieval_kd.runs import Scores
 from retrieval_kd.scores.normalise import activate, normalise
+from retrieval_kd.scores.preferences import aggregated
 from retrieval_kd.stages import Workspace
 
 
@@ -98,3 +102,49 @@ def test_pairs_that_a_run_lacks_are_counted(tiny: Path, run_file: tuple[Path, li
     stage = workspace_with(tiny, f"{{members: [{{kind: run, path: {path}}}]}}").last
     with pytest.raises(DataError, match=rf"4 of {len(lines)} pairs have no score \(query '.*, \.\.\.\); score these"):
         _ = stage.teacher_scores
+
+
+def test_a_pairwise_member_gives_scores_and_preferences(tiny: Path) -> None:
+    """Without it losses over pairs would have no teacher, or the list losses another one than they."""
+    member = (
+        f"{{kind: pairwise, max_length: 64, aggregation: copeland, fine_tune: {{start: {tiny / 'tiny-encoder'}, "
+        "batch_queries: 8}}"
+    )
+    stage = workspace_with(tiny, f"{{normalise: none, members: [{member}]}}").last
+    preferences = stage.teacher.preferences(stage.candidates)
+    for item, matrix, scores in zip(stage.candidates, preferences, stage.teacher_scores, strict=True):
+        assert matrix.shape == (len(item.doc_ids),) * 2
+        np.testing.assert_allclose((matrix + matrix.T)[~np.eye(len(matrix), dtype=bool)], 1, atol=1e-6)
+        np.testing.assert_array_equal(scores, aggregated(matrix, "copeland"))
+    with pytest.raises(RecipeError, match="no member compares documents"):
+        workspace_with(tiny, "{members: [{kind: bi_encoder}]}").last.teacher.preferences(stage.candidates)
+
+
+def test_a_file_of_preferences_has_to_speak_of_every_candidate(tiny: Path, tmp_path: Path) -> None:
+    """Without it a document that was never compared would be scored as if it were average."""
+    lists = workspace_with(tiny, "{members: [{kind: bi_encoder}]}").last.candidates
+    rows = [(item.query_id, item.doc_ids[0], doc_id, 0.9) for item in lists for doc_id in item.doc_ids[1:]]
+    path = tmp_path / "p.parquet"
+    teacher = f"{{normalise: none, members: [{{kind: pairwise, path: {path}}}]}}"
+    names = ("query_id", "doc_i", "doc_j", "p")
+    pq.write_table(pa.table(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))), path)
+    scores = workspace_with(tiny, teacher).last.teacher_scores
+    assert all(values[0] == pytest.approx(0.9) and values[1:] == pytest.approx(0.1) for values in scores)
+    pq.write_table(pa.table(dict(zip(names, map(list, zip(*rows[2:], strict=True)), strict=True))), path)
+    with pytest.raises(DataError, match=r"2 of \d+ candidates are in no comparison \(query '"):
+        _ = workspace_with(tiny, teacher).last.teacher_scores
+
+
+def test_a_student_learns_from_preferences(tiny: Path) -> None:
+    """Without it a recipe could name a loss over pairs that no stage feeds."""
+    member = (
+        f"{{kind: pairwise, max_length: 64, aggregation: copeland, fine_tune: {{start: {tiny / 'tiny-encoder'}, "
+        "batch_queries: 8}}"
+    )
+    overrides = [item for item in tiny_overrides(tiny, "asymmetric") if not item.startswith("teacher=")]
+    losses = "losses=[{name: pair_distill}]"
+    recipe = load_recipe("margin_mse", [*overrides, f"teacher={{normalise: none, members: [{member}]}}", losses])
+    stage = Workspace(recipe, tiny / "artifacts").last
+    rows = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
+    values = [row["loss"] for row in rows if row["event"] == "train"]
+    assert sum(values[-4:]) < sum(values[:4])

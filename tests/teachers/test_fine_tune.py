@@ -11,9 +11,9 @@ from retrieval_kd.artifacts import Artifact
 from retrieval_kd.errors import ArtifactError, DataError, RecipeError
 from retrieval_kd.mining.candidates import CandidateList
 from retrieval_kd.recipes.schema import FineTuneSpec
-from retrieval_kd.teachers import fine_tune
+from retrieval_kd.teachers import fine_tune, learning
 from retrieval_kd.teachers.cross_encoder import CrossEncoder
-from retrieval_kd.teachers.fine_tune import fine_tune_cross_encoder, listwise_loss
+from retrieval_kd.teachers.fine_tune import fine_tune_ranker, listwise_loss
 
 from .conftest import ModelMaker, TinyCollection
 
@@ -44,7 +44,9 @@ def test_it_learns_and_opens_as_a_teacher(make_model: ModelMaker, tiny: TinyColl
     start = make_model(
         "bare", labels=0, initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-    artifact = fine_tune_cross_encoder(tiny, LISTS, spec(start, epochs=30, batch_queries=10), 64, 13, tmp_path / "t")
+    artifact = fine_tune_ranker(
+        "cross_encoder", tiny, LISTS, spec(start, epochs=30, batch_queries=10), 64, 13, tmp_path / "t"
+    )
     losses = [line["loss"] for line in metrics(artifact)]
     assert losses[-1] < 0.5 * losses[0]
     teacher = CrossEncoder.load(str(artifact.path), 64)
@@ -56,7 +58,7 @@ def test_it_learns_and_opens_as_a_teacher(make_model: ModelMaker, tiny: TinyColl
     assert np.mean(first) > 0.7
     assert artifact.stage == "teach"
     assert artifact.summary == {"steps": 30, "lists": 10}
-    assert not (artifact.path / fine_tune.CHECKPOINT).exists()
+    assert not (artifact.path / learning.CHECKPOINT).exists()
 
 
 def test_a_killed_run_ends_with_the_same_bits(
@@ -64,8 +66,8 @@ def test_a_killed_run_ends_with_the_same_bits(
 ) -> None:
     """Dropout, moments, batch order or the rate picked up wrongly would give another teacher after a crash."""
     start = make_model("bare", labels=0)
-    monkeypatch.setattr(fine_tune, "CHECKPOINT_STEPS", 5)
-    whole = fine_tune_cross_encoder(tiny, LISTS, spec(start), 64, 13, tmp_path / "whole")
+    monkeypatch.setattr(learning, "CHECKPOINT_STEPS", 5)
+    whole = fine_tune_ranker("cross_encoder", tiny, LISTS, spec(start), 64, 13, tmp_path / "whole")
     torch.rand(3)  # whatever the process drew before must not matter
 
     loss = fine_tune.listwise_loss
@@ -81,13 +83,13 @@ def test_a_killed_run_ends_with_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(fine_tune, "listwise_loss", dies_in_step_eight)
         with pytest.raises(KeyboardInterrupt):
-            fine_tune_cross_encoder(tiny, LISTS, spec(start), 64, 13, tmp_path / "killed")
+            fine_tune_ranker("cross_encoder", tiny, LISTS, spec(start), 64, 13, tmp_path / "killed")
     assert not (tmp_path / "killed" / "manifest.json").exists()
-    assert (tmp_path / "killed" / fine_tune.CHECKPOINT).is_file()
-    resumed = fine_tune_cross_encoder(tiny, LISTS, spec(start), 64, 13, tmp_path / "killed")
+    assert (tmp_path / "killed" / learning.CHECKPOINT).is_file()
+    resumed = fine_tune_ranker("cross_encoder", tiny, LISTS, spec(start), 64, 13, tmp_path / "killed")
     assert (resumed.path / "model.safetensors").read_bytes() == (whole.path / "model.safetensors").read_bytes()
     assert metrics(resumed) == metrics(whole)
-    other = fine_tune_cross_encoder(tiny, LISTS, spec(start), 64, 14, tmp_path / "other")
+    other = fine_tune_ranker("cross_encoder", tiny, LISTS, spec(start), 64, 14, tmp_path / "other")
     assert metrics(other) != metrics(whole)
 
 
@@ -97,9 +99,9 @@ def test_parts_add_up_to_the_step(
     """Accumulating gradients over parts of a step must be the step, or memory would change the model."""
     start = make_model("bare", labels=0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     one = spec(start, epochs=1, batch_queries=10, warmup=0.0)
-    whole = metrics(fine_tune_cross_encoder(tiny, LISTS, one, 64, 13, tmp_path / "whole"))
-    monkeypatch.setattr(fine_tune, "_GRAPH_TOKENS", 1)
-    parts = metrics(fine_tune_cross_encoder(tiny, LISTS, one, 64, 13, tmp_path / "parts"))
+    whole = metrics(fine_tune_ranker("cross_encoder", tiny, LISTS, one, 64, 13, tmp_path / "whole"))
+    monkeypatch.setattr(learning, "_GRAPH_TOKENS", 1)
+    parts = metrics(fine_tune_ranker("cross_encoder", tiny, LISTS, one, 64, 13, tmp_path / "parts"))
     assert parts[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-5)
     assert parts[0]["gradient_norm"] == pytest.approx(whole[0]["gradient_norm"], rel=1e-4)
 
@@ -107,28 +109,28 @@ def test_parts_add_up_to_the_step(
 def test_the_spec_limits_lists_and_negatives(make_model: ModelMaker, tiny: TinyCollection, tmp_path: Path) -> None:
     """A limit that is read and not obeyed would make the demo ten times longer."""
     short = spec(make_model("bare", labels=0), queries=4, negatives=1, epochs=1)
-    artifact = fine_tune_cross_encoder(tiny, LISTS, short, 64, 13, tmp_path / "t")
+    artifact = fine_tune_ranker("cross_encoder", tiny, LISTS, short, 64, 13, tmp_path / "t")
     assert artifact.summary == {"steps": 2, "lists": 4}
     item = CandidateList("q", ("p1", "p2", "n1", "n2", "n3"), (2, 1, 0, 0, 0))
-    assert fine_tune._positive_first(item, 2) == ("p1", "n1", "n2")
+    assert learning._positive_first(item, 2) == ("p1", "n1", "n2")
 
 
 def test_bad_input_is_refused(make_model: ModelMaker, tiny: TinyCollection, tmp_path: Path) -> None:
     """Each of these would otherwise end in a stack trace, or in a teacher of noise."""
     start = make_model("bare", labels=0)
     with pytest.raises(DataError, match="no lists"):
-        fine_tune_cross_encoder(tiny, [], spec(start), 64, 13, tmp_path / "t")
+        fine_tune_ranker("cross_encoder", tiny, [], spec(start), 64, 13, tmp_path / "t")
     with pytest.raises(DataError, match="no query 'nobody'"):
-        fine_tune_cross_encoder(
-            tiny, [CandidateList("nobody", ("d1", "d2"), (1, 0))], spec(start), 64, 13, tmp_path / "t"
+        fine_tune_ranker(
+            "cross_encoder", tiny, [CandidateList("nobody", ("d1", "d2"), (1, 0))], spec(start), 64, 13, tmp_path / "t"
         )
     with pytest.raises(DataError, match="'nowhere'"):
-        fine_tune_cross_encoder(
-            tiny, [CandidateList("q1", ("d1", "nowhere"), (1, 0))], spec(start), 64, 13, tmp_path / "t"
+        fine_tune_ranker(
+            "cross_encoder", tiny, [CandidateList("q1", ("d1", "nowhere"), (1, 0))], spec(start), 64, 13, tmp_path / "t"
         )
     with pytest.raises(RecipeError, match="65 is more than the 64"):
-        fine_tune_cross_encoder(tiny, LISTS, spec(start), 65, 13, tmp_path / "t")
+        fine_tune_ranker("cross_encoder", tiny, LISTS, spec(start), 65, 13, tmp_path / "t")
     weights = start / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     with pytest.raises(ArtifactError, match="cannot read the encoder"):
-        fine_tune_cross_encoder(tiny, LISTS, spec(start), 64, 13, tmp_path / "t")
+        fine_tune_ranker("cross_encoder", tiny, LISTS, spec(start), 64, 13, tmp_path / "t")
