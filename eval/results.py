@@ -41,6 +41,7 @@ class SystemResult:
         intervals: Measure to the 95 % bootstrap interval of its mean.
         facts: The cost.
         run: The rankings; None when only the values are kept.
+        judged: Share of the ten best documents that somebody has judged; None when unknown.
     """
 
     name: str
@@ -49,14 +50,22 @@ class SystemResult:
     intervals: Mapping[str, Interval]
     facts: Facts = Facts()
     run: Run | None = None
+    judged: float | None = None
 
     @classmethod
     def of(
-        cls, name: str, role: str, evaluation: Evaluation, facts: Facts = Facts(), run: Run | None = None, seed: int = 0
+        cls,
+        name: str,
+        role: str,
+        evaluation: Evaluation,
+        facts: Facts = Facts(),
+        run: Run | None = None,
+        seed: int = 0,
+        judged: float | None = None,
     ) -> SystemResult:
         """Make a result and its bootstrap intervals."""
         intervals = {measure: bootstrap_interval(values, seed) for measure, values in evaluation.values.items()}
-        return cls(name, role, evaluation, intervals, facts, run)
+        return cls(name, role, evaluation, intervals, facts, run, judged)
 
     @property
     def measures(self) -> dict[str, float]:
@@ -77,6 +86,7 @@ class SystemResult:
             "intervals": {measure: list(interval) for measure, interval in self.intervals.items()},
             "queries": self.queries,
             "queries_without_results": len(self.evaluation.missing),
+            "judged_at_10": self.judged,
             "params": self.facts.params,
             "encode_ms_p50": self.facts.encode_ms_p50,
             "query_ms_p50": self.facts.query_ms_p50,

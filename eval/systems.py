@@ -87,7 +87,8 @@ def judge(
     chosen = sorted(rng.choice(len(queries), size=min(timed, len(queries)), replace=False).tolist())
     texts = list(queries.items())
     facts = system.facts(dict(texts[i] for i in chosen), depth) if chosen else Facts()
-    return SystemResult.of(system.name, system.role, evaluate(run, qrels, measures), facts, run, seed)
+    judged = evaluate(run, qrels, ["Judged@10"]).means["Judged@10"]
+    return SystemResult.of(system.name, system.role, evaluate(run, qrels, measures), facts, run, seed, judged)
 
 
 class BM25System:

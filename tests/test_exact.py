@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -136,3 +140,37 @@ def test_a_document_that_is_not_finite_is_named(bad: float) -> None:
     vectors[1, 1] = bad
     with pytest.raises(DataError, match="the vector of document 'd0001' is not finite"):
         exact_search(["q"], np.eye(3, dtype=np.float32)[:1], corpus_of(vectors), 1, block_rows=2)
+
+
+SEARCH_A_MILLION = """
+import resource, sys
+from types import SimpleNamespace
+import numpy as np
+from retrieval_kd.exact import exact_search
+vectors = np.load(sys.argv[1], mmap_mode="r")
+corpus = SimpleNamespace(ids=[f"d{i:07d}" for i in range(len(vectors))], vectors=vectors)
+queries = np.array(vectors[:: len(vectors) // 32][:32])
+for block in (16384, 50000):
+    run = exact_search([f"q{i}" for i in range(32)], queries, corpus, 100, block_rows=block)
+    print(run["q3"].doc_ids[0], hash(tuple((r.doc_ids, r.scores.tobytes()) for r in run.values())))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_documents_are_searched_in_less_than_two_gigabytes(tmp_path: Path) -> None:
+    """Tools that keep every block's best, or map the corpus and keep its pages, need tens of gigabytes."""
+    rng = np.random.default_rng(0)
+    rows, width = 1_000_000, 384
+    vectors = np.lib.format.open_memmap(tmp_path / "v.npy", "w+", dtype=np.float32, shape=(rows, width))
+    part = rng.standard_normal((50_000, width), dtype=np.float32)
+    for start in range(0, rows, len(part)):
+        vectors[start : start + len(part)] = np.roll(part, start // len(part), axis=1)
+    vectors.flush()
+    del vectors
+    verb = [sys.executable, "-c", SEARCH_A_MILLION, str(tmp_path / "v.npy")]
+    done = subprocess.run(verb, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONHASHSEED": "0"})
+    one, other, kilobytes = done.stdout.splitlines()
+    assert one == other
+    assert one.startswith(f"d{3 * (rows // 32):07d} ")
+    assert int(kilobytes) < 2_000_000

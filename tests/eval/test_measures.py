@@ -2,49 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pytest
 import pytrec_eval
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eval.measures import evaluate, parse_measure, restrict
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Ranking, rank
 
-MEASURES = ("nDCG@10", "RR", "R@100", "AP", "P@5")
-TREC = {"nDCG@10": "ndcg_cut_10", "RR": "recip_rank", "R@100": "recall_100", "AP": "map", "P@5": "P_5"}
+TREC = {
+    "nDCG@10": "ndcg_cut_10",
+    "nDCG@3": "ndcg_cut_3",
+    "RR": "recip_rank",
+    "R@5": "recall_5",
+    "R@100": "recall_100",
+    "AP": "map",
+    "P@5": "P_5",
+}
+DOCUMENTS = [f"d{number}" for number in range(14)]
+JUDGED = st.dictionaries(st.sampled_from(DOCUMENTS), st.integers(0, 3), max_size=8)
+# Few distinct scores over many documents: nearly every ranking has ties, some at a cut-off.
+LISTED = st.dictionaries(st.sampled_from(DOCUMENTS), st.sampled_from([0.0, 1.0, 1.5]), max_size=14)
+CASES = st.dictionaries(st.sampled_from("abcdef"), st.tuples(JUDGED, st.none() | LISTED), min_size=1)
 
 
-def _random_case(seed: int) -> tuple[dict[str, Ranking], dict[str, dict[str, int]]]:
-    """Make graded, partly unjudged, tied rankings; some queries missing, empty, or without relevant documents."""
-    rng = np.random.default_rng(seed)
-    documents = [f"d{number}" for number in range(60)]
-    run, qrels = {}, {}
-    for number in range(30):
-        query_id = f"q{number}"
-        judged = rng.choice(documents, size=rng.integers(1, 12), replace=False)
-        grades = rng.integers(0, 4, size=len(judged)) * int(rng.random() > 0.1)
-        qrels[query_id] = dict(zip(judged.tolist(), grades.tolist(), strict=True))
-        size = int(rng.choice([0, 1, 8, 40]))
-        if rng.random() < 0.2:
-            continue
-        listed = rng.choice(documents, size=size, replace=False).tolist()
-        run[query_id] = rank(listed, rng.integers(0, 4, size=size).astype(np.float32))
-    return run, qrels
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_equals_trec_eval_on_random_runs_with_ties(seed: int) -> None:
-    """A drift from trec_eval would make our numbers incomparable with every published one."""
-    run, qrels = _random_case(seed)
-    ours = evaluate(run, qrels, MEASURES)
-    scorer = pytrec_eval.RelevanceEvaluator(qrels, set(TREC.values()))
-    theirs = scorer.evaluate(
+def _trec_eval(
+    run: Mapping[str, Ranking], qrels: dict[str, dict[str, int]], measures: set[str], level: int = 1
+) -> dict[str, dict[str, float]]:
+    scorer = pytrec_eval.RelevanceEvaluator(qrels, measures, relevance_level=level)
+    return scorer.evaluate(
         {q: dict(zip(ranking.doc_ids, map(float, ranking.scores), strict=True)) for q, ranking in run.items()}
     )
-    for measure in MEASURES:
-        expected = [theirs.get(q, {}).get(TREC[measure], 0.0) for q in qrels]
+
+
+@given(CASES)
+@settings(max_examples=200, deadline=None)
+def test_equals_trec_eval_on_random_runs(
+    cases: dict[str, tuple[dict[str, int], dict[str, float] | None]],
+) -> None:
+    """A drift from trec_eval would make our numbers incomparable with every published one.
+
+    Ties, missing queries, empty rankings and judgements, unjudged documents and graded labels all occur.
+    """
+    qrels = {query_id: judged for query_id, (judged, _) in cases.items()}
+    run = {q: rank(list(listed), list(listed.values())) for q, (_, listed) in cases.items() if listed is not None}
+    ours = evaluate(run, qrels, [*TREC, "RR(rel=2)", "R(rel=2)@5", "Judged@5"])
+    theirs = _trec_eval(run, qrels, set(TREC.values()))
+    for measure, name in TREC.items():
+        expected = [theirs.get(q, {}).get(name, 0.0) for q in qrels]
         np.testing.assert_allclose(ours.values[measure], expected, atol=1e-12)
         assert ours.means[measure] == pytest.approx(sum(expected) / len(qrels), abs=1e-12)
+    strict = _trec_eval(run, qrels, {"recip_rank", "recall_5"}, level=2)
+    for measure, name in {"RR(rel=2)": "recip_rank", "R(rel=2)@5": "recall_5"}.items():
+        np.testing.assert_allclose(ours.values[measure], [strict.get(q, {}).get(name, 0.0) for q in qrels], atol=1e-12)
+    judged = [
+        sum(doc_id in qrels[q] for doc_id in run[q].doc_ids[:5]) / min(5, len(run[q])) if len(run.get(q, ())) else 0.0
+        for q in qrels
+    ]
+    np.testing.assert_allclose(ours.values["Judged@5"], judged, atol=1e-12)
+    assert set(ours.missing) == {q for q in qrels if len(run.get(q, ())) == 0}
 
 
 def test_ndcg_of_graded_labels_by_hand() -> None:
