@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import numpy.typing as npt
 
 from eval.latency import encode_latency, latency
 from eval.results import Facts
-from retrieval_kd.artifacts import Spec, build, fingerprint
+from retrieval_kd.artifacts import Spec, build
 from retrieval_kd.collections.base import Collection
 from retrieval_kd.collections.joined import JoinedCollection
 from retrieval_kd.encoders.base import Encoder, Vectors
-from retrieval_kd.encoders.card import EncoderCard, Side, require_same_space
+from retrieval_kd.encoders.card import require_same_space
 from retrieval_kd.encoders.corpus import (
     IDS,
     VECTORS,
@@ -27,7 +26,7 @@ from retrieval_kd.encoders.corpus import (
     write_ids,
     write_vectors,
 )
-from retrieval_kd.errors import DataError
+from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.mining.dense import dense_run
 from retrieval_kd.progress import silence
 from retrieval_kd.runs import Run
@@ -89,46 +88,15 @@ def encoded(encoder: Encoder, collection: Collection, cache: Path) -> EncodedCor
     return EncodedCorpus.load(folder)
 
 
-class TruncatedEncoder:
-    """An encoder cut to its first numbers: a Matryoshka size (arXiv 2205.13147)."""
-
-    def __init__(self, encoder: Encoder, dimension: int) -> None:
-        """Cut an encoder.
-
-        Raises:
-            DataError: it gives fewer numbers than asked for.
-        """
-        if not 1 <= dimension <= encoder.card.dimension:
-            raise DataError(
-                f"dim={dimension}: encoder {encoder.card.name!r} gives {encoder.card.dimension} numbers; ask for fewer"
-            )
-        self._encoder = encoder
-        self._card = truncated_card(encoder.card, dimension)
-
-    @property
-    def card(self) -> EncoderCard:
-        """Return the identity of the cut encoder."""
-        return self._card
-
-    def encode(self, texts: Sequence[str], side: Side) -> Vectors:
-        """Return float32 ``[len(texts), dimension]``, of unit length again where the card promises it."""
-        return _cut(self._encoder.encode(texts, side), self._card)
-
-
-def truncated_card(card: EncoderCard, dimension: int) -> EncoderCard:
-    """Return the card of the first ``dimension`` numbers; query and document sides share the cut space."""
-    space = fingerprint({"space": card.space_fingerprint, "dimension": dimension})
-    return replace(card, dimensions=(dimension,), space=space)
-
-
-def truncated(corpus: EncodedCorpus, dimension: int, cache: Path) -> EncodedCorpus:
+def truncated_corpus(corpus: EncodedCorpus, dimension: int, cache: Path) -> EncodedCorpus:
     """Return the vectors' first ``dimension`` numbers, kept in ``cache`` under their own identity."""
-    card = truncated_card(corpus.card, dimension)
+    card = corpus.card.truncated(dimension)
     spec = Spec("truncate", {"dimension": dimension}, {"vectors": corpus.fingerprint})
 
     def work(folder: Path) -> Mapping[str, Any]:
         blocks = (
-            _cut(corpus.vectors[start : start + _BLOCK_ROWS], card) for start in range(0, len(corpus.ids), _BLOCK_ROWS)
+            truncated(corpus.vectors[start : start + _BLOCK_ROWS], dimension, card.normalize)
+            for start in range(0, len(corpus.ids), _BLOCK_ROWS)
         )
         write_vectors(folder / VECTORS, blocks, (len(corpus.ids), dimension))
         return {"texts": len(corpus.ids), "dimension": dimension}
@@ -138,15 +106,6 @@ def truncated(corpus: EncodedCorpus, dimension: int, cache: Path) -> EncodedCorp
     return EncodedCorpus(
         corpus.ids, map_vectors(folder / VECTORS), card, artifact.fingerprint, corpus.texts_fingerprint
     )
-
-
-def _cut(vectors: Vectors, card: EncoderCard) -> Vectors:
-    cut = np.ascontiguousarray(vectors[:, : card.dimension], dtype=np.float32)
-    if not card.normalize:
-        return cut
-    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
-    unit: Vectors = cut / np.maximum(lengths, np.float32(1e-12))
-    return unit
 
 
 def _joined(parts: Sequence[tuple[str, EncodedCorpus]], texts_fingerprint: str, cache: Path) -> EncodedCorpus:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from eval.dense import DenseSystem, TruncatedEncoder, encoded, truncated
+from eval.dense import DenseSystem, encoded, truncated_corpus
 from eval.fusion import FusedSystem, Normalisation
 from eval.specs import SystemSpec
 from eval.systems import (
@@ -26,6 +26,7 @@ from retrieval_kd.artifacts import MANIFEST, fingerprint
 from retrieval_kd.collections.base import Collection, Qrels
 from retrieval_kd.encoders.base import Encoder
 from retrieval_kd.encoders.card import CARD
+from retrieval_kd.encoders.matryoshka import TruncatedEncoder
 from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.errors import DataError
 from retrieval_kd.recipes.schema import EncoderSpec
@@ -111,7 +112,7 @@ class Opener:
         if "dim" in spec.options:
             dimension = spec.integer("dim", 1)
             query = TruncatedEncoder(query, dimension)
-            corpus = truncated(corpus, dimension, self._cache)
+            corpus = truncated_corpus(corpus, dimension, self._cache)
             name = f"{name}, {dimension} d"
         system = DenseSystem(name, query, corpus, "student" if query.card.role == "query" else "bi-encoder")
         self.identities[str(spec)] = f"encoder {query.card.fingerprint[:12]}, vectors {corpus.fingerprint[:12]}"

@@ -16,11 +16,12 @@ from index.manifest import IndexContent
 from index.probes import PROBE_COUNT, evenly_spaced
 from index.search import make_probes
 from index.store import IndexStore
-from index.vectors import truncated, write_stored
+from index.vectors import write_stored
 from retrieval_kd.collections.base import Collection
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
 from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import DataError, did_you_mean
 from retrieval_kd.recipes.schema import IndexSpec
 
@@ -67,8 +68,10 @@ def build_index(
             f"encoder {card.name!r} compares by cosine but does not normalise, and an index compares by "
             "dot product; set normalize in its card and encode again"
         )
-    if spec.dimension and spec.dimension not in card.dimensions:
-        sizes = ", ".join(map(str, card.dimensions))
+    # Frozen document vectors are cut to what a query student was trained for.
+    known = sorted({*card.dimensions, *(() if query_card is None else query_card.dimensions)}, reverse=True)
+    if spec.dimension and spec.dimension not in known:
+        sizes = ", ".join(map(str, known))
         raise DataError(f"index.dimension: encoder {card.name!r} has no {spec.dimension}; it has {sizes}")
     _require_finite(corpus)
     shape = (len(corpus.ids), spec.dimension or card.dimension)

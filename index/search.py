@@ -25,9 +25,10 @@ from index.manifest import IndexContent, IndexManifest, check_files, check_sizes
 from index.probes import PROBE_DEPTH, Probes
 from index.store import VERSIONS, IndexStore, Lease, hold
 from index.threads import faiss_threads
-from index.vectors import Rows, Storage, StoredVectors, truncated
+from index.vectors import Rows, Storage, StoredVectors
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
+from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import ArtifactError, DataError
 from retrieval_kd.runs import Ranking, Scores, rank
 

@@ -183,21 +183,6 @@ def write_stored(
     return StoredVectors.open(folder, storage)
 
 
-def truncated(vectors: Vectors, dimension: int, renormalise: bool) -> Vectors:
-    """Return the first ``dimension`` numbers of each row, made unit length again if asked.
-
-    A Matryoshka encoder is trained so that its leading numbers are a usable vector by themselves (Kusupati and
-    others, arXiv 2205.13147).
-    """
-    if dimension == vectors.shape[1]:
-        return vectors
-    cut = vectors[:, :dimension]
-    if not renormalise:
-        return np.ascontiguousarray(cut)
-    norms = np.sqrt((cut.astype(np.float64) ** 2).sum(axis=1, keepdims=True))
-    return np.asarray(cut / np.where(norms > 0, norms, 1.0), dtype=np.float32)
-
-
 def _encoded(block: Vectors, storage: Storage, scales: Vectors | None) -> npt.NDArray[Any]:
     if scales is not None:
         least, width = scales

@@ -110,6 +110,28 @@ class EncoderCard:
         """Return this card as an encoder of one side in another encoder's space."""
         return replace(self, role=role, space=other.space_fingerprint)
 
+    def truncated(self, dimension: int) -> EncoderCard:
+        """Return this encoder's card with its vectors cut to their leading ``dimension`` numbers.
+
+        Two encoders that share a space share its truncation to each width. Only widths in ``dimensions`` were
+        trained for; frozen document vectors may be cut to any, as far as measured quality allows.
+
+        Raises:
+            EncoderMismatch: vectors do not have so many numbers.
+        """
+        if dimension == self.dimension:
+            return self
+        if not 1 <= dimension < self.dimension:
+            raise EncoderMismatch(
+                f"encoder {self.name!r} gives {self.dimension} numbers, which cannot be cut to {dimension}; "
+                f"its sizes are {', '.join(map(str, self.dimensions))}"
+            )
+        return replace(
+            self,
+            dimensions=(dimension, *(size for size in self.dimensions if size < dimension)),
+            space=fingerprint({"space": self.space_fingerprint, "dimension": dimension}),
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields and the two fingerprints derived from them."""
         return {

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from tiny import WORDS, tiny_collection_folder
 
-from eval.dense import TruncatedEncoder, encoded, truncated
+from eval.dense import encoded, truncated_corpus
 from eval.specs import SystemSpec
 from eval.suite import Set, Setup, expand, run_suite, summarise
 from retrieval_kd.collections.open import open_collection
+from retrieval_kd.encoders.matryoshka import TruncatedEncoder
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.errors import DataError, EncoderMismatch
 from retrieval_kd.recipes.schema import CollectionSpec
@@ -100,13 +101,13 @@ def test_a_cut_vector_is_the_first_numbers_at_unit_length(tiny: Path, tmp_path: 
     """Without unit length again, long documents' cut vectors win by length alone."""
     encoder = TorchEncoder.open(tiny / "tiny-encoder")
     corpus = encoded(encoder, open_collection(CollectionSpec(str(tiny / "tiny-collection"))), tmp_path)
-    cut = truncated(corpus, 8, tmp_path)
+    cut = truncated_corpus(corpus, 8, tmp_path)
     expected = corpus.vectors[:, :8] / np.linalg.norm(corpus.vectors[:, :8], axis=1, keepdims=True)
     np.testing.assert_allclose(cut.vectors, expected, rtol=1e-6)
     small = TruncatedEncoder(encoder, 8)
     assert small.card.space_fingerprint == cut.card.space_fingerprint != corpus.card.space_fingerprint
     np.testing.assert_allclose(np.linalg.norm(small.encode(WORDS[:3], "query"), axis=1), 1, rtol=1e-6)
-    with pytest.raises(DataError, match="dim=17: encoder 'tiny' gives 16 numbers"):
+    with pytest.raises(EncoderMismatch, match="encoder 'tiny' gives 16 numbers, which cannot be cut to 17"):
         TruncatedEncoder(encoder, 17)
 
 
