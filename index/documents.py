@@ -65,9 +65,8 @@ def write_documents(
         DataError: a document is not in the index, comes twice, or is missing; names it.
     """
     positions = np.full(len(row_of), -1, dtype="<i8")
-    schema = pa.schema([pa.field(name, _arrow_type(holds), metadata={"holds": holds}) for name, holds in types.items()])
     stream = enumerate(documents)
-    with atomic_write(folder / DOCUMENTS, "wb") as file, pa.ipc.new_file(file, schema) as writer:
+    with atomic_write(folder / DOCUMENTS, "wb") as file, pa.ipc.new_file(file, _schema(types)) as writer:
         while window := list(itertools.islice(stream, _BATCH_ROWS)):
             for position, (doc_id, _) in window:
                 row = row_of.get(doc_id)
@@ -90,9 +89,14 @@ def record_batch(documents: Sequence[Fields], types: Mapping[str, str]) -> pa.Re
     Raises:
         DataError: a value of another type than its field's; names the field.
     """
-    columns = [pa.array(_stored(documents, name, holds), type=_arrow_type(holds)) for name, holds in types.items()]
-    schema = pa.schema([pa.field(name, _arrow_type(holds), metadata={"holds": holds}) for name, holds in types.items()])
-    return pa.record_batch(columns, schema=schema)
+    columns = []
+    for name, holds in types.items():
+        try:
+            columns.append(pa.array(_stored(documents, name, holds), type=_arrow_type(holds)))
+        except UnicodeEncodeError:
+            # JSON can escape half of a surrogate pair.
+            raise DataError(f"field {name!r}: a value is not valid Unicode; mend its \\u escapes") from None
+    return pa.record_batch(columns, schema=_schema(types))
 
 
 class StoredDocuments:
@@ -200,6 +204,10 @@ def _common(types: set[str]) -> str:
     if types == {"int", "float"}:
         return "float"
     return next(iter(types)) if len(types) == 1 else "json" if types else "text"
+
+
+def _schema(types: Mapping[str, str]) -> pa.Schema:
+    return pa.schema([pa.field(name, _arrow_type(holds), metadata={"holds": holds}) for name, holds in types.items()])
 
 
 def _arrow_type(holds: str) -> pa.DataType:

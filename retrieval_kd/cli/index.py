@@ -24,6 +24,13 @@ def build(
     kind: Annotated[
         str, typer.Option(help="How it is searched: exact, fastscan, ivf, ivf-pq, ivf-rabitq, hnsw, hnsw-sq8.")
     ] = "exact",
+    storage: Annotated[str, typer.Option(help="How vectors are kept: float32, float16 or sq8.")] = "float32",
+    dimension: Annotated[
+        int, typer.Option(min=0, help="Leading numbers of each vector that are kept (a Matryoshka size); 0 keeps all.")
+    ] = 0,
+    fields: Annotated[
+        str, typer.Option(help="What is stored with each document: title, text, keys of its metadata; comma between.")
+    ] = "",
     vectors: Annotated[
         Path | None, typer.Option(help="Where the encoded corpus is kept; STORE/vectors by default.")
     ] = None,
@@ -38,14 +45,16 @@ def build(
     from retrieval_kd.recipes.loader import section
     from retrieval_kd.recipes.schema import CollectionSpec, IndexSpec
 
-    spec = section(IndexSpec, {"kind": kind}, "index")
+    spec = section(IndexSpec, {"kind": kind, "storage": storage, "dimension": dimension}, "index")
     folder = vectors or store / "vectors"
     documents = OnnxEncoder.load(encoder)
     queries = EncoderCard.load(query_encoder) if query_encoder else documents.card
     # Again in build_index; here it costs no encoding.
     require_same_space(queries, documents.card)
-    encode_corpus(documents, open_collection(CollectionSpec(collection)), folder)
-    version = build_index(EncodedCorpus.load(folder), spec, store, queries)
+    corpus = open_collection(CollectionSpec(collection))
+    encode_corpus(documents, corpus, folder)
+    stored = [name.strip() for name in fields.split(",") if name.strip()]
+    version = build_index(EncodedCorpus.load(folder), spec, store, queries, collection=corpus, fields=stored)
     emit({"version": version.name, "store": str(store)}, as_json)
 
 

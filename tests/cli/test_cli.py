@@ -192,10 +192,15 @@ def test_index_build_verify_inspect(rkd: Rkd, tmp_path: Path, collection: Path, 
     """Without it the documented way to index another corpus would be untested."""
     store = tmp_path / "store"
     build = ("index", "build", store, "--collection", collection, "--encoder", exported / "a")
-    code, text, _ = rkd(*build, "--kind", "hnsw", "--json")
+    code, text, _ = rkd(*build, "--kind", "hnsw", "--storage", "float16", "--fields", "title, text", "--json")
     assert code == 0
     version = json.loads(text)["version"]
-    assert json.loads(rkd("index", "inspect", store, "--json")[1])["count"] == 72
+    seen = json.loads(rkd("index", "inspect", store, "--json")[1])
+    assert (seen["count"], seen["fields"], seen["index"]["storage"]) == (
+        72,
+        {"title": "text", "text": "text"},
+        "float16",
+    )
     assert json.loads(rkd("index", "verify", store, "--json")[1])["whole_versions"] == [version]
     elsewhere = ("--vectors", tmp_path / "vectors")
     assert "cannot search documents" in rkd.fails(*build, "--query-encoder", exported / "b", *elsewhere)

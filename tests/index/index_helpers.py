@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from retrieval_kd.artifacts import fingerprint
+from retrieval_kd.collections.base import Document, Qrels
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.recipes.schema import IndexSpec
@@ -61,3 +63,35 @@ def brute_force(documents: EncodedCorpus, query: np.ndarray, k: int) -> list[str
     ]
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], documents.ids[i]))
     return [documents.ids[i] for i in order[:k]]
+
+
+class Documents:
+    """A collection of documents that have fields and no text; no queries."""
+
+    name = "documents"
+
+    def __init__(self, fields: Mapping[str, Mapping[str, Any]]) -> None:
+        self.fields = fields
+        self.corpus_fingerprint = self.fingerprint = fingerprint({key: dict(value) for key, value in fields.items()})
+
+    def owned(self, documents: EncodedCorpus) -> EncodedCorpus:
+        """Return the vectors as if they had been encoded from this collection."""
+        return replace(documents, texts_fingerprint=self.corpus_fingerprint)
+
+    def documents(self) -> Iterator[Document]:
+        # Not in the order of the ids, as real collections are not.
+        for doc_id in sorted(self.fields, key=lambda doc_id: doc_id[::-1]):
+            own = dict(self.fields[doc_id])
+            yield Document(doc_id, own.pop("title", ""), own.pop("text", ""), own)
+
+    def contents(self, doc_ids: Iterable[str]) -> dict[str, str]:
+        raise NotImplementedError
+
+    def queries(self) -> Mapping[str, str]:
+        return {}
+
+    def splits(self) -> tuple[str, ...]:
+        return ()
+
+    def qrels(self, split: str) -> Qrels:
+        raise NotImplementedError

@@ -1,0 +1,264 @@
+"""Filters against a reference in plain Python, and every kind under every selectivity against brute force."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from index_helpers import KINDS, Documents, brute_force, clustered, corpus
+
+from index import search as search_module
+from index.build import build_index
+from index.documents import field_types, record_batch
+from index.filters import And, Eq, Filter, In, Not, Or, Range, filter_from_json, matches, terms
+from index.search import Searcher
+from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.errors import DataError
+
+COUNT = 2000
+# A value below SELECTED[name] is held by that share of the documents.
+SELECTED = {"50 %": 1000, "10 %": 200, "1 %": 20, "0.1 %": 2, "none": 0}
+
+
+def reference(wanted: Filter, fields: dict[str, Any]) -> bool:
+    """Say what a filter means, in as few words as possible."""
+    match wanted:
+        case Not():
+            return not reference(wanted.filter, fields)
+        case And():
+            return all(reference(part, fields) for part in wanted.filters)
+        case Or():
+            return any(reference(part, fields) for part in wanted.filters)
+    held = fields.get(wanted.field)
+    values = [] if held is None else held if isinstance(held, list) else [held]
+    if isinstance(wanted, Range):
+        return any(all(_holds(name, value, bound) for name, bound in wanted.bounds.items()) for value in values)
+    return any(value in ((wanted.value,) if isinstance(wanted, Eq) else wanted.values) for value in values)
+
+
+def _holds(name: str, value: Any, bound: Any) -> bool:
+    return bool({"gt": value > bound, "ge": value >= bound, "lt": value < bound, "le": value <= bound}[name])
+
+
+_NUMBERS = st.integers(-3, 3) | st.sampled_from([-1.5, 0.5, 2.0, 2.5])
+_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "year": st.integers(-3, 3),
+    "price": _NUMBERS,
+    "open": st.booleans(),
+    "language": st.sampled_from(["de", "en", "fr", "", "ü", "\U0001f600"]),
+    "tags": st.lists(st.sampled_from(["a", "b", "c"]), max_size=3),
+}
+_OPERANDS: dict[str, st.SearchStrategy[Any]] = {
+    **_VALUES,
+    "year": _NUMBERS,
+    "tags": st.sampled_from(["a", "b", "c", "d"]),
+}
+_DOCUMENTS = st.lists(st.fixed_dictionaries({}, optional=_VALUES), min_size=1, max_size=12)
+# Types are decided by all values, so one document has one of each.
+_FULL = {"year": 1, "price": 0.5, "open": True, "language": "de", "tags": ["a"]}
+
+
+def _comparisons() -> st.SearchStrategy[Filter]:
+    def of(name: str) -> st.SearchStrategy[Filter]:
+        operand = _OPERANDS[name]
+        equal = st.builds(Eq, st.just(name), operand) | st.builds(
+            In, st.just(name), st.lists(operand, min_size=1, max_size=3).map(tuple)
+        )
+        if name == "open":
+            return equal
+        bounds = st.fixed_dictionaries({}, optional=dict.fromkeys(("gt", "ge", "lt", "le"), operand)).filter(bool)
+        return equal | bounds.map(lambda given: Range(name, **given))
+
+    return st.sampled_from(sorted(_OPERANDS)).flatmap(of)
+
+
+def _filters() -> st.SearchStrategy[Filter]:
+    def wider(inner: st.SearchStrategy[Filter]) -> st.SearchStrategy[Filter]:
+        some = st.lists(inner, min_size=1, max_size=3).map(tuple)
+        return st.builds(Not, inner) | st.builds(And, some) | st.builds(Or, some)
+
+    return st.recursive(_comparisons(), wider, max_leaves=6)
+
+
+@settings(max_examples=120, deadline=None)
+@given(documents=_DOCUMENTS, wanted=_filters())
+def test_filters_mean_what_plain_python_says(documents: list[dict[str, Any]], wanted: Filter) -> None:
+    """A missing field, a list, an int against a float: each is a place where a column store thinks otherwise."""
+    documents = [_FULL, *documents]
+    types = field_types(documents, list(_FULL))
+    found = matches(wanted, record_batch(documents, types), types)
+    assert found.tolist() == [reference(wanted, fields) for fields in documents]
+
+
+def as_json(wanted: Filter) -> dict[str, Any]:
+    match wanted:
+        case Not():
+            return {"not": as_json(wanted.filter)}
+        case And() | Or():
+            return {type(wanted).__name__.lower(): [as_json(part) for part in wanted.filters]}
+        case Eq():
+            return {"eq": {wanted.field: wanted.value}}
+        case In():
+            return {"in": {wanted.field: list(wanted.values)}}
+    return {"range": {wanted.field: wanted.bounds}}
+
+
+@settings(max_examples=40, deadline=None)
+@given(wanted=_filters())
+def test_json_gives_the_same_filter(wanted: Filter) -> None:
+    """The command line and the server read filters from JSON."""
+    assert filter_from_json(as_json(wanted)) == wanted
+    assert all(isinstance(term, Eq | In | Range) for term in terms(wanted))
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({}, "filter: {} is not an object with one key"),
+        ([], "not an object with one key"),
+        ({"eq": {"a": 1}, "not": {}}, "not an object with one key"),
+        ({"eqq": {"a": 1}}, "key 'eqq', did you mean 'eq'"),
+        ({"eq": {"a": None}}, "filter.eq.a: None is neither text, number, true nor false"),
+        ({"eq": {"a": [1]}}, r"filter.eq.a: \[1\] is neither"),
+        ({"in": {"a": "abc"}}, "filter.in.a: 'abc' is not a list of values"),
+        ({"in": {"a": []}}, "filter in on 'a': no values"),
+        ({"range": {"a": {}}}, "filter range on 'a': no bounds"),
+        ({"range": {"a": 3}}, "filter.range.a: 3 is not an object of bounds"),
+        ({"range": {"a": {"gte": 3}}}, "filter.range.a: bound 'gte', did you mean 'gt'"),
+        ({"and": []}, "filter and: no filters"),
+        ({"or": {"eq": {}}}, "filter.or: .* is not a list of filters"),
+        ({"and": [{"eq": {"a": 1}}, {"not": 3}]}, "filter.and.1.not: 3 is not an object"),
+    ],
+)
+def test_malformed_filters_are_refused_by_place(raw: Any, message: str) -> None:
+    """A filter that is half understood selects other documents than were asked for."""
+    with pytest.raises(DataError, match=message):
+        filter_from_json(raw)
+
+
+def test_a_filter_of_many_levels_is_refused() -> None:
+    """A request of ten thousand brackets would otherwise end the process."""
+    raw: dict[str, Any] = {"eq": {"a": 1}}
+    for _ in range(10_000):
+        raw = {"not": raw}
+    with pytest.raises(DataError, match="levels deep"):
+        filter_from_json(raw)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (Eq("yaer", 1), "no field 'yaer' is stored, did you mean 'year'"),
+        (Eq("year", "1"), "field 'year' holds int, so it cannot be compared with '1'"),
+        (Eq("year", True), "holds int, so it cannot be compared with True"),
+        (Range("language", gt=3), "field 'language' holds text, so it cannot be compared with 3"),
+        (In("open", (True, 1)), "field 'open' holds bool, so it cannot be compared with 1"),
+        (Eq("odd", "x"), "field 'odd' holds JSON of mixed types"),
+    ],
+)
+def test_filters_that_cannot_be_answered_are_refused(wanted: Filter, message: str) -> None:
+    """Comparing a number with text matches nothing, which looks like an answer."""
+    documents = [{**_FULL, "odd": 1}, {"odd": "x"}]
+    types = field_types(documents, [*_FULL, "odd"])
+    with pytest.raises(DataError, match=message):
+        matches(wanted, record_batch(documents, types), types)
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(2**70, [False]), (-(2**70), [True]), (2**63 - 1, [False])])
+def test_numbers_beyond_64_bits_compare(bound: int, expected: list[bool]) -> None:
+    """A bound from a client may be any integer; the column store has 64 bits."""
+    types = {"year": "int"}
+    batch = record_batch([{"year": 1}], types)
+    assert matches(Range("year", gt=bound), batch, types).tolist() == expected
+    assert matches(Eq("year", bound), batch, types).tolist() == [False]
+
+
+@dataclass(frozen=True)
+class Filtered:
+    name: str
+    searcher: Searcher
+    places: np.ndarray
+    documents: EncodedCorpus
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def filtered(request: pytest.FixtureRequest) -> Iterator[Filtered]:
+    documents = corpus(clustered(1, COUNT, 32))
+    places = np.random.default_rng(4).permutation(COUNT)
+    collection = Documents({doc_id: {"place": int(p)} for doc_id, p in zip(documents.ids, places, strict=True)})
+    with tempfile.TemporaryDirectory() as folder:
+        build_index(
+            collection.owned(documents), KINDS[request.param], Path(folder), collection=collection, fields=["place"]
+        )
+        with Searcher.open(Path(folder)) as searcher:
+            yield Filtered(request.param, searcher, places, documents)
+
+
+@pytest.mark.parametrize("selected", SELECTED.values(), ids=SELECTED)
+def test_filtered_is_brute_force_over_the_selected(filtered: Filtered, selected: int) -> None:
+    """A filtered walk that stops early returns fewer documents, or others, and nobody can tell."""
+    asked = clustered(7, 12, 32)
+    wanted = Range("place", lt=selected)
+    rankings = filtered.searcher.search(asked, 10, filter=wanted)
+    chosen = {filtered.documents.ids[i] for i in np.flatnonzero(filtered.places < selected)}
+    for ranking, whole in zip(rankings, filtered.searcher.search(asked, COUNT, exact=True), strict=True):
+        assert list(ranking.doc_ids) == [doc_id for doc_id in whole.doc_ids if doc_id in chosen][:10]
+    if filtered.searcher.storage == "float32":
+        everything = brute_force(filtered.documents, asked[0], COUNT)
+        assert list(rankings[0].doc_ids) == [doc_id for doc_id in everything if doc_id in chosen][:10]
+
+
+@pytest.mark.parametrize("selected", SELECTED.values(), ids=SELECTED)
+def test_filters_pushed_into_the_kind_find_what_brute_force_does(
+    filtered: Filtered, selected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the exact threshold a kind looks around the filter, and must still find nearly all and nothing else."""
+    asked = clustered(7, 40, 32)
+    wanted = Range("place", lt=selected)
+    expected = filtered.searcher.search(asked, 10, filter=wanted)
+    monkeypatch.setattr(search_module, "_SCORED_OUTRIGHT", 0)
+    monkeypatch.setattr(search_module, "_BUDGET", 0)
+    rankings = filtered.searcher.search(asked, 10, filter=wanted)
+    chosen = {filtered.documents.ids[i] for i in np.flatnonzero(filtered.places < selected)}
+    found = 0
+    for ranking, exact in zip(rankings, expected, strict=True):
+        assert set(ranking.doc_ids) <= chosen
+        assert len(ranking) == len(exact)
+        found += len(set(ranking.doc_ids) & set(exact.doc_ids))
+        if filtered.name.startswith("exact"):
+            assert ranking.doc_ids == exact.doc_ids
+    assert found >= 0.97 * sum(map(len, expected))
+    alone = [filtered.searcher.search(query[None], 10, filter=wanted)[0] for query in asked]
+    assert [ranking.doc_ids for ranking in alone] == [ranking.doc_ids for ranking in rankings]
+
+
+def test_exact_with_a_filter_scans_only_what_matches(filtered: Filtered, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``exact`` and ``filter`` together are each other's easiest mistake."""
+    monkeypatch.setattr(search_module, "_SCORED_OUTRIGHT", 0)
+    monkeypatch.setattr(search_module, "_BUDGET", 0)
+    asked = clustered(8, 5, 32)
+    for selected in (1000, 3):
+        wanted = Range("place", lt=selected)
+        one = filtered.searcher.search(asked, 10, filter=wanted, exact=True)
+        monkeypatch.setattr(search_module, "_SCORED_OUTRIGHT", 10_000)
+        other = filtered.searcher.search(asked, 10, filter=wanted)
+        monkeypatch.setattr(search_module, "_SCORED_OUTRIGHT", 0)
+        assert [ranking.doc_ids for ranking in one] == [ranking.doc_ids for ranking in other]
+        assert all(a.scores.tobytes() == b.scores.tobytes() for a, b in zip(one, other, strict=True))
+
+
+def test_an_index_without_fields_says_so(tmp_path: Path) -> None:
+    """Filtering nothing away would answer another question."""
+    build_index(corpus(clustered(1, 20, 4)), KINDS["exact"], tmp_path)
+    with (
+        Searcher.open(tmp_path) as searcher,
+        pytest.raises(DataError, match="stores no fields"),
+    ):
+        searcher.search(clustered(1, 1, 4), 3, filter=Eq("year", 1))
