@@ -14,6 +14,7 @@ from typing import Any
 
 from eval.curves import read_curves
 from eval.page import render_page
+from eval.per_query import write_per_query
 from eval.results import SystemResult
 from eval.significance import compare
 from retrieval_kd.artifacts import atomic_write, producers, write_json
@@ -86,7 +87,7 @@ def write_report(
         slug = slugs[system.name]
         if system.run is not None:
             write_trec(folder / "runs" / f"{slug}.trec", system.run, slug)
-        _write_per_query(folder / "per_query" / f"{slug}.tsv", system)
+        write_per_query(folder / "per_query" / f"{slug}.tsv", system.evaluation)
     with atomic_write(folder / REPORT_HTML) as file:
         file.write(render_page(report))
     write_json(folder / REPORT_JSON, report)
@@ -186,12 +187,3 @@ def _slugs(names: Sequence[str]) -> dict[str, str]:
             slug = f"{stem}-{number}"
         slugs[name] = slug
     return slugs
-
-
-def _write_per_query(path: Path, system: SystemResult) -> None:
-    """Write one line for each judged query; ``repr`` gives every float back exactly."""
-    columns = system.evaluation.values
-    with atomic_write(path) as file:
-        file.write("\t".join(["query_id", *columns]) + "\n")
-        for row, query_id in enumerate(system.evaluation.query_ids):
-            file.write("\t".join([query_id, *(repr(float(values[row])) for values in columns.values())]) + "\n")

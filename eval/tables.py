@@ -25,13 +25,14 @@ def format_table(systems: Sequence[SystemResult]) -> str:
 
 
 def _table(rows: Sequence[Report], measures: Sequence[str]) -> str:
-    return _plain(
+    return plain_table(
         ["system", *_headings(measures)],
         [[row["name"], *(_plus_minus(row, measure) for measure in measures), *_costs(row)] for row in rows],
     )
 
 
-def _plain(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows under headings as plain text, the first column to the left, without folding."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -82,7 +83,7 @@ def format_summary(summary: Report) -> str:
             ]
             for row in summary["systems"]
         ]
-        parts.append(_plain(headings, rows))
+        parts.append(plain_table(headings, rows))
     return "\n\n".join([*parts, summary_caption(summary)])
 
 

@@ -159,6 +159,47 @@ def report(
         typer.echo(markdown_table(merged) if markdown else format_report(merged))
 
 
+@app.command()
+def compare(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="BASELINE OTHER...", help="Per-query files, or a report's folder.")
+    ],
+    measure: Annotated[
+        list[str] | None, typer.Option("--measure", help="A measure of the files; all by default.")
+    ] = None,
+    baseline: Annotated[str, typer.Option(help="Name of the baseline's file, without ending; else the first.")] = "",
+    collection: Annotated[
+        str | None, typer.Option(help="Show the queries that differ most, with the texts of this collection.")
+    ] = None,
+    split: Split = "test",
+    show: Annotated[int, typer.Option(min=1, help="How many wins and how many losses to show.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Test whether systems differ, query by query, and show where."""
+    from dataclasses import asdict
+
+    from eval.comparing import cases_json, compare_files, differing_queries, format_cases, format_comparisons
+    from retrieval_kd.collections import open_collection
+    from retrieval_kd.recipes.schema import CollectionSpec
+
+    candidates, rows = compare_files(files, measure or (), baseline)
+    listings = {}
+    if collection is not None:
+        opened = open_collection(CollectionSpec(collection))
+        by_name = {candidate.name: candidate for candidate in candidates}
+        reference = by_name[rows[0].baseline]
+        for name in dict.fromkeys(row.system for row in rows):
+            listings[name] = differing_queries(reference, by_name[name], rows[0].measure, opened, split, show)
+    if as_json:
+        cases = {name: {"wins": cases_json(w), "losses": cases_json(o)} for name, (w, o) in listings.items()}
+        typer.echo(json.dumps({"comparisons": [asdict(row) for row in rows], "queries": cases}, ensure_ascii=False))
+        return
+    typer.echo(format_comparisons(rows))
+    for name, (wins, losses) in listings.items():
+        typer.echo(f"\n{format_cases(f'Largest wins of {name} in {rows[0].measure}', wins)}")
+        typer.echo(f"\n{format_cases(f'Largest losses of {name}', losses)}")
+
+
 def _specs(
     systems: list[str] | None,
     bm25: bool,
