@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ import numpy as np
 from index.documents import document_fields, field_types, write_documents
 from index.ids import IDS, write_ids
 from index.kinds import resolved, write_ann
-from index.manifest import IndexContent
-from index.probes import PROBE_COUNT, evenly_spaced
-from index.search import make_probes
-from index.store import IndexStore
+from index.manifest import IndexContent, IndexManifest, check_files
+from index.probes import PROBE_COUNT, PROBES, evenly_spaced
+from index.search import Opened, make_probes
+from index.store import IndexStore, hold
+from index.tune import EXACT_BELOW, Considered, choose, sampled, tune
 from index.vectors import write_stored
 from retrieval_kd.collections.base import Collection
 from retrieval_kd.encoders.base import Vectors
@@ -45,8 +46,9 @@ def build_index(
         spec: How they will be searched.
         store: The store's folder, made if absent.
         query_card: The encoder that will search; checked when given.
-        queries: Vectors of queries that nothing was trained on, by that encoder; some become the version's probes.
-            Without them documents do, which tests the version as well but says nothing of its recall.
+        queries: Vectors of queries that nothing was trained on, by that encoder. The search effort is tuned to them,
+            ``auto`` chooses by them, and some become the version's probes. Without them documents are its probes,
+            which test the version as well but say nothing of its recall.
         collection: The documents themselves; needed with ``fields``.
         fields: Names of what is stored with each document: ``title``, ``text``, or keys of its metadata.
 
@@ -77,7 +79,7 @@ def build_index(
     shape = (len(corpus.ids), spec.dimension or card.dimension)
     content = IndexContent(
         requested=spec,
-        index=resolved(spec, shape[0]),
+        index=spec,
         count=shape[0],
         dimension=shape[1],
         largest_norm=0.0,
@@ -93,21 +95,97 @@ def build_index(
         return (truncated(block, shape[1], card.normalize) for block in _blocks(corpus.vectors))
 
     def write(folder: Path) -> IndexContent:
+        asked = None if queries is None else truncated(np.asarray(queries.vectors), shape[1], card.normalize)
+        chosen, considered = _chosen(content, corpus.vectors, asked)
+        index = resolved(chosen, content.count)
         write_ids(folder / IDS, corpus.ids)
         stored = write_stored(folder, blocks, shape, spec.storage)
         if content.fields:
             assert collection is not None
             documents = ((document.doc_id, document_fields(document)) for document in collection.documents())
             write_documents(folder, documents, content.fields, corpus.row_of)
-        write_ann(folder, stored, content.index)
-        longest = max(float(np.linalg.norm(block.astype(np.float64), axis=1).max()) for block in stored.blocks())
-        finished = replace(content, largest_norm=longest)
-        asked = corpus.vectors if queries is None else queries.vectors
-        probes = np.ascontiguousarray(asked[evenly_spaced(len(asked), PROBE_COUNT)])
-        make_probes(folder, finished, probes).save(folder)
+        write_ann(folder, stored, index)
+        finished = replace(content, index=index, largest_norm=stored.longest())
+        if asked is not None:
+            finished = tuned(folder, finished, asked, spec.target_recall, considered)
+        probes = corpus.vectors if queries is None else queries.vectors
+        make_probes(folder, finished, probes[evenly_spaced(len(probes), PROBE_COUNT)]).save(folder)
         return finished
 
     return IndexStore(store).publish(content.fingerprint, write)
+
+
+def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
+    """Tune the current version's search effort again and publish the result as a version of its own.
+
+    The files are the current version's, linked and not copied; manifest and probes are new.
+
+    Args:
+        store: The store's folder.
+        queries: Vectors of queries that nothing was trained on, by the encoder that will search.
+        target: Share of the exact ten best that is to be found.
+
+    Returns:
+        The folder of the version.
+
+    Raises:
+        EncoderMismatch: the queries do not lie in the documents' space.
+        DataError: the kind does not reach the target.
+        ArtifactError: nothing is published, a file is damaged, or the store cannot be written.
+    """
+    source = IndexStore(store).current()
+    lease = hold(source)
+    try:
+        manifest = IndexManifest.load(source)
+        check_files(source, manifest)
+        before = manifest.content
+        require_same_space(queries.card, before.document_encoder)
+        content = replace(
+            before,
+            requested=replace(before.requested, target_recall=target),
+            query_encoder=queries.card.fingerprint,
+            queries_fingerprint=queries.fingerprint,
+        )
+
+        def write(folder: Path) -> IndexContent:
+            for entry in manifest.files:
+                if entry.path != PROBES:
+                    (folder / entry.path).hardlink_to(source / entry.path)
+            asked = truncated(np.asarray(queries.vectors), before.dimension, before.document_encoder.normalize)
+            finished = tuned(folder, content, asked, target, [])
+            probes = queries.vectors[evenly_spaced(len(queries.vectors), PROBE_COUNT)]
+            make_probes(folder, finished, probes).save(folder)
+            return finished
+
+        return IndexStore(store).publish(content.fingerprint, write)
+    finally:
+        lease.release()
+
+
+def tuned(
+    folder: Path, content: IndexContent, queries: Vectors, target: float, considered: Sequence[Considered]
+) -> IndexContent:
+    """Return what a folder holds with its search effort set by measuring it."""
+    effort, tuning = tune(Opened(folder, content), queries, target)
+    return replace(
+        content,
+        index=replace(content.index, **asdict(effort)),
+        tuning=replace(tuning, considered=tuple(considered)).to_json(),
+    )
+
+
+def _chosen(content: IndexContent, vectors: Vectors, queries: Vectors | None) -> tuple[IndexSpec, Sequence[Considered]]:
+    """Return the spec with a kind instead of ``auto``, and what it was chosen from."""
+    spec = content.requested
+    if spec.kind != "auto":
+        return spec, ()
+    if content.count < EXACT_BELOW:
+        return replace(spec, kind="exact"), ()
+    if queries is None:
+        raise DataError("index kind auto: it measures with held-out queries; give some, or name a kind")
+    sample = np.asarray(vectors[sampled(content.count)], dtype=np.float32)
+    cut = truncated(sample, content.dimension, content.document_encoder.normalize)
+    return choose(spec, content, cut, queries)
 
 
 def _require_finite(corpus: EncodedCorpus) -> None:

@@ -15,7 +15,7 @@ of its own; every other kind writes ``ann.faiss``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,6 @@ def resolved(spec: IndexSpec, count: int) -> IndexSpec:
     Raises:
         DataError: too few documents for the kind, or it needs a GPU that is not there.
     """
-    from dataclasses import replace
-
     if spec.kind in _GPU:
         _require_gpu(spec.kind)
     if spec.kind not in ("exact", "gpu-exact", *_HNSW) and count < _CENTROIDS:

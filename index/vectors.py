@@ -109,6 +109,10 @@ class StoredVectors:
             scores[part] = products.sum(axis=1)
         return scores
 
+    def longest(self) -> float:
+        """Return the length of the longest vector."""
+        return max(float(np.linalg.norm(block.astype(np.float64), axis=1).max()) for block in self.blocks())
+
     @cached_property
     def scan(self) -> Any:
         """Return a faiss index over these vectors that copies none of them."""

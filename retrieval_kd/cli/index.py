@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retrieval_kd.cli.common import AsJson, emit
 
+if TYPE_CHECKING:
+    from retrieval_kd.collections.base import Collection
+    from retrieval_kd.encoders.corpus import EncodedCorpus
+    from retrieval_kd.encoders.onnx import OnnxEncoder
+
 app = typer.Typer(help="Build, check, publish and collect index versions.", no_args_is_help=True)
+QUERIES = "Queries nothing was trained on: a file with one a line, or a split of the collection, such as dev."
+Recall = Annotated[float, typer.Option(help="Share of the exact ten best that is to be found.")]
 Store = Annotated[Path, typer.Argument(help="The index store's folder.")]
 
 
@@ -21,13 +28,14 @@ def build(
     query_encoder: Annotated[
         Path | None, typer.Option(help="The exported encoder queries will use; the same one by default.")
     ] = None,
-    kind: Annotated[
-        str, typer.Option(help="How it is searched: exact, fastscan, ivf, ivf-pq, ivf-rabitq, hnsw, hnsw-sq8.")
-    ] = "exact",
+    kind: Annotated[str, typer.Option(help="How it is searched: auto, exact, fastscan, ivf, hnsw, ...")] = "exact",
     storage: Annotated[str, typer.Option(help="How vectors are kept: float32, float16 or sq8.")] = "float32",
     dimension: Annotated[
         int, typer.Option(min=0, help="Leading numbers of each vector that are kept (a Matryoshka size); 0 keeps all.")
     ] = 0,
+    queries: Annotated[str | None, typer.Option(help=QUERIES)] = None,
+    target_recall: Recall = 0.99,
+    memory_mib: Annotated[int, typer.Option(min=0, help="What auto's files may take; 0 is no limit.")] = 0,
     fields: Annotated[
         str, typer.Option(help="What is stored with each document: title, text, keys of its metadata; comma between.")
     ] = "",
@@ -39,23 +47,72 @@ def build(
     """Encode a corpus, build an index version and publish it; a killed build goes on where it stopped."""
     from index.build import build_index
     from retrieval_kd.collections import open_collection
-    from retrieval_kd.encoders.card import EncoderCard, require_same_space
+    from retrieval_kd.encoders.card import require_same_space
     from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus
     from retrieval_kd.encoders.onnx import OnnxEncoder
     from retrieval_kd.recipes.loader import section
     from retrieval_kd.recipes.schema import CollectionSpec, IndexSpec
 
-    spec = section(IndexSpec, {"kind": kind, "storage": storage, "dimension": dimension}, "index")
+    asked = {"kind": kind, "storage": storage, "dimension": dimension}
+    spec = section(IndexSpec, {**asked, "target_recall": target_recall, "memory_mib": memory_mib}, "index")
     folder = vectors or store / "vectors"
     documents = OnnxEncoder.load(encoder)
-    queries = EncoderCard.load(query_encoder) if query_encoder else documents.card
+    asker = OnnxEncoder.load(query_encoder) if query_encoder else documents
     # Again in build_index; here it costs no encoding.
-    require_same_space(queries, documents.card)
+    require_same_space(asker.card, documents.card)
     corpus = open_collection(CollectionSpec(collection))
+    held_out = None if queries is None else _encoded(queries, corpus, asker, store)
     encode_corpus(documents, corpus, folder)
-    stored = [name.strip() for name in fields.split(",") if name.strip()]
-    version = build_index(EncodedCorpus.load(folder), spec, store, queries, collection=corpus, fields=stored)
+    version = build_index(
+        EncodedCorpus.load(folder),
+        spec,
+        store,
+        asker.card,
+        queries=held_out,
+        collection=corpus,
+        fields=[name.strip() for name in fields.split(",") if name.strip()],
+    )
     emit({"version": version.name, "store": str(store)}, as_json)
+
+
+@app.command()
+def tune(
+    store: Store,
+    queries: Annotated[str, typer.Option(help=QUERIES)],
+    query_encoder: Annotated[Path, typer.Option(help="The exported encoder queries will use.")],
+    collection: Annotated[str | None, typer.Option(help="The collection, where --queries is a split of it.")] = None,
+    target_recall: Recall = 0.99,
+    as_json: AsJson = False,
+) -> None:
+    """Set the current version's search effort to the least that finds enough, and publish that as a new version."""
+    from index.build import retune
+    from index.verify import inspect as inspect_store
+    from retrieval_kd.collections import open_collection
+    from retrieval_kd.encoders.onnx import OnnxEncoder
+    from retrieval_kd.recipes.schema import CollectionSpec
+
+    corpus = None if collection is None else open_collection(CollectionSpec(collection))
+    held_out = _encoded(queries, corpus, OnnxEncoder.load(query_encoder), store)
+    version = retune(store, held_out, target_recall)
+    seen = inspect_store(store)
+    effort = {name: seen["index"][name] for name in ("ef_search", "probes", "oversample")}
+    emit({"version": version.name, "recall": seen["tuning"]["recall"], **effort}, as_json)
+
+
+def _encoded(queries: str, collection: Collection | None, encoder: OnnxEncoder, store: Path) -> EncodedCorpus:
+    """Encode the queries of a file, one a line, or of a split of the collection."""
+    from retrieval_kd.collections.base import split_queries
+    from retrieval_kd.collections.files import read_lines
+    from retrieval_kd.encoders.corpus import encode_texts
+    from retrieval_kd.errors import DataError
+
+    if Path(queries).is_file():
+        texts = {f"{number:08d}": line.text for number, line in enumerate(read_lines(Path(queries)), start=1)}
+    elif collection is not None:
+        texts = split_queries(collection, queries)
+    else:
+        raise DataError(f"--queries: no file {queries!r}; give one query a line, or --collection and a split of it")
+    return encode_texts(encoder, texts, "query", store / "queries")
 
 
 @app.command()

@@ -658,7 +658,18 @@ class ExportSpec:
         _require(0 <= self.max_ndcg_change < 1, f"export.max_ndcg_change: {self.max_ndcg_change} is not in [0, 1)")
 
 
-IndexKind = Literal["exact", "fastscan", "ivf", "ivf-pq", "ivf-rabitq", "hnsw", "hnsw-sq8", "gpu-exact", "gpu-ivf-pq"]
+IndexKind = Literal[
+    "auto",
+    "exact",
+    "fastscan",
+    "ivf",
+    "ivf-pq",
+    "ivf-rabitq",
+    "hnsw",
+    "hnsw-sq8",
+    "gpu-exact",
+    "gpu-ivf-pq",
+]
 
 
 @dataclass(frozen=True)
@@ -668,6 +679,7 @@ class IndexSpec:
     Attributes:
         kind: ``exact`` compares with every document; the others propose documents that are then scored
             exactly: ``fastscan`` by codes, ``ivf*`` by lists, ``hnsw*`` by a graph, ``gpu-*`` on a GPU.
+            ``auto`` builds some on a sample, measures them with held-out queries and takes the fastest that will do.
         storage: How vectors are kept: ``float32``, ``float16``, or ``sq8``, one byte a number.
         dimension: Leading numbers of each vector that are kept, one of the encoder's Matryoshka sizes; 0 keeps all.
         neighbours: Links of each node of a graph (HNSW's M).
@@ -676,6 +688,9 @@ class IndexSpec:
         lists: Lists of ``ivf*``.
         probes: Lists opened while searching.
         oversample: Candidates scored for each document wanted, by ``fastscan`` and ``ivf*``.
+        target_recall: Share of the exact ten best that is to be found; where held-out queries are given,
+            ``ef_search``, ``probes`` and ``oversample`` are set to the least that reaches it.
+        memory_mib: What the index's files may take, for ``auto``; 0 is no limit.
     """
 
     kind: IndexKind = "exact"
@@ -687,13 +702,16 @@ class IndexSpec:
     lists: int = 0
     probes: int = 0
     oversample: int = 10
+    target_recall: float = 0.99
+    memory_mib: int = 0
 
     def __post_init__(self) -> None:
         """Refuse indexes that cannot be built."""
+        _require(0 < self.target_recall <= 1, f"index.target_recall: {self.target_recall} is not in (0, 1]")
         _require(2 <= self.neighbours <= 512, f"index.neighbours: {self.neighbours} is not in 2..512")
         for name in ("ef_construction", "ef_search", "oversample"):
             _require(getattr(self, name) >= 1, f"index.{name}: {getattr(self, name)} must be at least 1")
-        for name in ("dimension", "lists", "probes"):
+        for name in ("dimension", "lists", "probes", "memory_mib"):
             _require(getattr(self, name) >= 0, f"index.{name}: {getattr(self, name)} must not be negative")
 
 

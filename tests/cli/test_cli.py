@@ -211,6 +211,14 @@ def test_index_build_verify_inspect(rkd: Rkd, tmp_path: Path, collection: Path, 
     assert json.loads(rkd("index", "publish", store, newer, "--json")[1])["version"] == newer
     assert "no version 'x'" in rkd.fails("index", "publish", store, "x")
     assert json.loads(rkd("index", "gc", store, "--keep", "1", "--json")[1])["removed"] == [version]
+    asked = tmp_path / "queries.txt"
+    asked.write_text("w1 w2\nw3\n\nw4 w5 w6\n")
+    tune = ("index", "tune", store, "--query-encoder", exported / "a", "--json")
+    assert json.loads(rkd(*tune, "--queries", asked)[1])["recall"] == 1.0
+    assert "give one query a line" in rkd.fails(*tune, "--queries", "dev")
+    newer = json.loads(rkd(*tune, "--queries", "dev", "--collection", collection)[1])["version"]
+    assert json.loads(rkd("index", "inspect", store, "--json")[1])["tuning"]["queries"] == 12
+    assert "is not in (0, 1]" in rkd.fails(*build, "--kind", "auto", "--queries", "dev", "--target-recall", "1.5")
     vectors = next((store / "versions" / newer).glob("vectors.npy"))
     vectors.chmod(0o644)
     data = bytearray(vectors.read_bytes())

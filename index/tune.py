@@ -1,0 +1,249 @@
+"""Choosing a kind and its search effort by measuring them, with real queries.
+
+Recall is the share of the exact ten best documents that a kind finds, averaged over queries that the query encoder
+made. Document vectors would say little: in asymmetric mode queries lie elsewhere, and a document finds at least
+itself.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from index.ids import IDS, write_ids
+from index.kinds import Effort, resolved, write_ann
+from index.manifest import IndexContent
+from index.probes import evenly_spaced
+from index.search import Opened
+from index.threads import faiss_threads
+from index.vectors import write_stored
+from retrieval_kd.encoders.base import Vectors
+from retrieval_kd.errors import DataError
+from retrieval_kd.progress import progress, silence
+from retrieval_kd.recipes.schema import IndexKind, IndexSpec
+from retrieval_kd.runs import Ranking
+
+DEPTH = 10
+_QUERIES = 1000
+_TIMED = 100
+_MOST_NODES = 4096
+_MOST_OVERSAMPLE = 200
+# Comparing with twenty thousand documents takes a millisecond or two, so below that nothing is worth measuring.
+EXACT_BELOW = 20_000
+# Below so many documents, which kinds are worth building.
+_CANDIDATES: tuple[tuple[float, tuple[IndexKind, ...]], ...] = (
+    (500_000, ("fastscan", "hnsw", "ivf-pq")),
+    (5_000_000, ("hnsw-sq8", "ivf-pq", "ivf-rabitq")),
+    (math.inf, ("ivf-pq", "ivf-rabitq")),
+)
+_SAMPLE = 50_000
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One point of a kind's curve.
+
+    Attributes:
+        effort: How hard it looked.
+        recall: Share of the exact best ten it found.
+        milliseconds: Median time of one query by itself, scoring included.
+    """
+
+    effort: Effort
+    recall: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Considered:
+    """A kind that ``auto`` built on a sample.
+
+    Attributes:
+        kind: The kind.
+        recall: Its recall on the sample.
+        milliseconds: What a query over the whole corpus is expected to take.
+        bytes: What the whole version's files are expected to take.
+        verdict: ``chosen``, or why not.
+    """
+
+    kind: IndexKind
+    recall: float
+    milliseconds: float
+    bytes: int
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was seen while tuning, as it stands in the manifest.
+
+    Attributes:
+        target: The recall that was asked for.
+        queries: How many queries it is averaged over.
+        recall: The recall at the chosen effort.
+        curve: Every point that was measured, least effort first.
+        considered: The kinds ``auto`` chose from; empty when the kind was given.
+    """
+
+    target: float
+    queries: int
+    recall: float
+    curve: tuple[Measured, ...]
+    considered: tuple[Considered, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {**asdict(self), "depth": DEPTH, "curve": [asdict(point) for point in self.curve]}
+
+
+def tune(opened: Opened, queries: Vectors, target: float) -> tuple[Effort, Tuning]:
+    """Find the least effort that reaches a recall, by bisection.
+
+    Args:
+        opened: The index.
+        queries: float32 ``[n, d]``, as wide as the index stores them; at most a thousand are used.
+        target: The recall wanted, in (0, 1].
+
+    Raises:
+        DataError: the kind does not reach the target at its hardest.
+    """
+    spec = opened.content.index
+    bench = _Bench(opened, queries[evenly_spaced(len(queries), _QUERIES)])
+    effort = Effort.of(spec)
+    if spec.kind.startswith("hnsw"):
+        knobs = {"ef_search": min(_MOST_NODES, opened.content.count)}
+    elif spec.lists:
+        knobs = {"probes": spec.lists, "oversample": _MOST_OVERSAMPLE}
+    else:
+        knobs = {} if spec.kind in ("exact", "gpu-exact") else {"oversample": _MOST_OVERSAMPLE}
+    effort = replace(effort, **knobs)
+    if bench.point(effort).recall < target:
+        raise DataError(
+            f"index kind {spec.kind} finds {bench.point(effort).recall:.3f} of the exact ten at its hardest, less than "
+            f"the {target} asked for; use another kind or storage, or ask for less"
+        )
+    for knob, most in knobs.items():
+        effort = replace(effort, **{knob: _least(bench, effort, knob, most, target)})
+    curve = sorted(bench.points, key=lambda point: (point.recall, point.milliseconds))
+    return effort, Tuning(target, len(bench.queries), bench.point(effort).recall, tuple(curve))
+
+
+def choose(
+    spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Vectors
+) -> tuple[IndexSpec, list[Considered]]:
+    """Return the spec with ``auto`` replaced by the fastest kind that reaches the target within the memory limit.
+
+    Args:
+        spec: What was asked for; its kind is ``auto``.
+        content: What the version will hold.
+        vectors: float32 ``[n, d]``, evenly spaced documents, or all of them, as wide as the index stores them.
+        queries: float32 ``[m, d]``, by the query encoder, as wide.
+
+    Raises:
+        DataError: no kind will do; says why for each.
+    """
+    kinds = next(kinds for below, kinds in _CANDIDATES if content.count < below)
+    considered = []
+    with progress("try index kinds", len(kinds), "kinds") as advance, silence():
+        for kind in kinds:
+            considered.append(_tried(replace(spec, kind=kind), content, vectors, queries))
+            advance(1)
+    able = [one for one in considered if one.verdict == ""]
+    if not able:
+        said = "; ".join(f"{one.kind}: {one.verdict}" for one in considered)
+        raise DataError(f"index kind auto: no kind will do ({said}); ask for less recall or allow more memory")
+    best = min(able, key=lambda one: one.milliseconds)
+    verdicts = [
+        one if one.verdict else replace(one, verdict="chosen" if one is best else "slower") for one in considered
+    ]
+    return replace(spec, kind=best.kind), verdicts
+
+
+def sampled(count: int) -> npt.NDArray[np.int64]:
+    """Return the rows that :func:`choose` is to see."""
+    return evenly_spaced(count, _SAMPLE)
+
+
+def _tried(spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Vectors) -> Considered:
+    """Build a kind over a sample, tune it, and say what it would cost over the whole corpus."""
+    count, dimension = vectors.shape
+    with tempfile.TemporaryDirectory(prefix="rkd-index-") as scratch:
+        folder = Path(scratch)
+        write_ids(folder / IDS, [f"{row:010d}" for row in range(count)])
+        stored = write_stored(folder, lambda: iter([vectors]), (count, dimension), spec.storage)
+        index = resolved(spec, count)
+        write_ann(folder, stored, index)
+        sample = replace(content, index=index, count=count, largest_norm=stored.longest(), fields={})
+        size = sum(path.stat().st_size for path in folder.iterdir()) * content.count // count
+        try:
+            effort, tuning = tune(Opened(folder, sample), queries, spec.target_recall)
+        except DataError as error:
+            return Considered(spec.kind, 0.0, 0.0, size, str(error))
+        spent = next(point.milliseconds for point in tuning.curve if point.effort == effort)
+    verdict = ""
+    if spec.memory_mib and size > spec.memory_mib * _MIB:
+        verdict = f"takes {size // _MIB} MiB, more than {spec.memory_mib}"
+    return Considered(spec.kind, tuning.recall, spent * _growth(spec.kind, content.count, count), size, verdict)
+
+
+def _growth(kind: str, count: int, sample: int) -> float:
+    """Return how much longer a query takes over ``count`` documents than over ``sample``."""
+    if kind.startswith("hnsw"):
+        return math.log(count) / math.log(sample)
+    return count / sample if kind == "fastscan" else math.sqrt(count / sample)
+
+
+class _Bench:
+    """Measures an index at one effort after another, each once."""
+
+    def __init__(self, opened: Opened, queries: Vectors) -> None:
+        self.queries = queries
+        self._opened = opened
+        self._measured: dict[Effort, Measured] = {}
+        self._expected = [set(ranking.doc_ids) for ranking in self._search(queries, True, Effort(1, 1, 1))]
+
+    @property
+    def points(self) -> list[Measured]:
+        return list(self._measured.values())
+
+    def point(self, effort: Effort) -> Measured:
+        if effort not in self._measured:
+            rankings = self._search(self.queries, False, effort)
+            found = sum(len(best.intersection(r.doc_ids)) for best, r in zip(self._expected, rankings, strict=True))
+            recall = found / sum(map(len, self._expected))
+            self._measured[effort] = Measured(effort, recall, self._milliseconds(effort))
+        return self._measured[effort]
+
+    def _milliseconds(self, effort: Effort) -> float:
+        spent = []
+        for query in self.queries[:_TIMED]:
+            started = time.perf_counter()
+            self._search(query[None], False, effort)
+            spent.append(time.perf_counter() - started)
+        return 1000 * statistics.median(spent)
+
+    def _search(self, queries: Vectors, exact: bool, effort: Effort) -> list[Ranking]:
+        with faiss_threads(1):
+            return self._opened.search(queries, DEPTH, exact, None, effort)
+
+
+def _least(bench: _Bench, effort: Effort, knob: str, most: int, target: float) -> int:
+    """Return the least value of a knob that reaches the target, given that the most does."""
+    enough, too_little = most, 0
+    while enough - too_little > 1:
+        # Kinds need a small part of the most, so the steps are those of the logarithm.
+        middle = min(enough - 1, max(too_little + 1, round(math.sqrt(max(1, too_little) * enough))))
+        if bench.point(replace(effort, **{knob: middle})).recall >= target:
+            enough = middle
+        else:
+            too_little = middle
+    return enough
