@@ -7,10 +7,12 @@ library: ``RR`` and ``RR@10`` of ir_measures give 0.5 and 1.0 for the same tied 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -119,35 +121,107 @@ def read_trec(path: Path) -> dict[str, Ranking]:
             (query, document) pair; names file and line.
     """
     rows: dict[str, dict[str, float]] = {}
-    for number, query_id, doc_id, score in _trec_rows(path):
-        documents = rows.setdefault(query_id, {})
-        if doc_id in documents:
-            raise DataError(f"{path}:{number}: query {query_id!r} lists document {doc_id!r} twice; keep one line")
-        documents[doc_id] = score
+    with _opened(path) as file:
+        for line in _lines(path, file):
+            _add(rows.setdefault(line.query_id, {}), line, path)
     return {query_id: rank(list(documents), list(documents.values())) for query_id, documents in rows.items()}
 
 
-def _trec_rows(path: Path) -> Iterator[tuple[int, str, str, float]]:
+class TrecFiles(Mapping[str, Ranking]):
+    """A run that stays on disk, in one TREC file or several; a ranking is read when it is asked for.
+
+    In memory are a few numbers for each query, or for each stretch of lines where queries take turns.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Look through the files once.
+
+        Raises:
+            DataError: as :func:`read_trec`, but for repeated pairs, which are found when their query is read.
+        """
+        self._stretches: dict[str, list[_Stretch]] = {}
+        for path in paths:
+            last = None
+            with _opened(path) as file:
+                for line in _lines(path, file):
+                    if line.query_id != last:
+                        self._stretches.setdefault(line.query_id, []).append(_Stretch(path, line.number, line.start))
+                        last = line.query_id
+                    self._stretches[last][-1].end = line.end
+
+    def __getitem__(self, query_id: str) -> Ranking:
+        documents: dict[str, float] = {}
+        for stretch in self._stretches[query_id]:
+            with _opened(stretch.path) as file:
+                file.seek(stretch.start)
+                text = io.BytesIO(file.read(stretch.end - stretch.start))
+            for line in _lines(stretch.path, text, stretch.number):
+                _add(documents, line, stretch.path)
+        return rank(list(documents), list(documents.values()))
+
+    def __contains__(self, query_id: object) -> bool:
+        return query_id in self._stretches
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stretches)
+
+    def __len__(self) -> int:
+        return len(self._stretches)
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """Neighbouring lines of one query: the file, the first line's number, and the bytes."""
+
+    path: Path
+    number: int
+    start: int
+    end: int = 0
+
+
+class _Line(NamedTuple):
+    number: int
+    start: int
+    end: int
+    query_id: str
+    doc_id: str
+    score: float
+
+
+def _opened(path: Path) -> BinaryIO:
     try:
-        file = path.open("rb")
+        return path.open("rb")
     except OSError as error:
         raise DataError(f"{path}: cannot read the run ({error.strerror}); give a TREC run file") from None
-    with file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                columns = raw.decode("utf-8-sig").split()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-            if not columns:
-                continue
-            if len(columns) != 6:
-                raise DataError(
-                    f"{path}:{number}: {len(columns)} columns, a TREC run has 6 (query Q0 document rank score tag)"
-                )
-            try:
-                score = float(columns[4])
-            except ValueError:
-                raise DataError(f"{path}:{number}: score {columns[4]!r} is not a number; mend the line") from None
-            if not math.isfinite(score):
-                raise DataError(f"{path}:{number}: score {columns[4]} is not finite; mend the ranker that made it")
-            yield number, columns[0], columns[2], score
+
+
+def _add(documents: dict[str, float], line: _Line, path: Path) -> None:
+    if line.doc_id in documents:
+        raise DataError(
+            f"{path}:{line.number}: query {line.query_id!r} lists document {line.doc_id!r} twice; keep one line"
+        )
+    documents[line.doc_id] = line.score
+
+
+def _lines(path: Path, file: BinaryIO, first: int = 1) -> Iterator[_Line]:
+    """Yield the lines that are not empty; ``first`` is the number of the first."""
+    end = 0
+    for number, raw in enumerate(file, start=first):
+        start, end = end, end + len(raw)
+        try:
+            columns = raw.decode("utf-8-sig").split()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+        if not columns:
+            continue
+        if len(columns) != 6:
+            raise DataError(
+                f"{path}:{number}: {len(columns)} columns, a TREC run has 6 (query Q0 document rank score tag)"
+            )
+        try:
+            score = float(columns[4])
+        except ValueError:
+            raise DataError(f"{path}:{number}: score {columns[4]!r} is not a number; mend the line") from None
+        if not math.isfinite(score):
+            raise DataError(f"{path}:{number}: score {columns[4]} is not finite; mend the ranker that made it")
+        yield _Line(number, start, end, columns[0], columns[2], score)

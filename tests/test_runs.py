@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval_kd.errors import DataError
-from retrieval_kd.runs import rank, read_trec, write_trec
+from retrieval_kd.runs import TrecFiles, rank, read_trec, write_trec
 
 _SCORES = st.lists(
     st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, 3.5]), st.floats(-(2.0**100), 2.0**100, width=32)),
@@ -102,9 +102,10 @@ def test_malformed_runs_name_the_line(tmp_path: Path, content: str, part: str) -
     """A line that is skipped in silence changes the measure and nobody knows."""
     path = tmp_path / "run.trec"
     path.write_text(content)
-    with pytest.raises(DataError) as error:
-        read_trec(path)
-    assert str(path) + part in str(error.value)
+    for read in (read_trec, lambda path: dict(TrecFiles([path]))):
+        with pytest.raises(DataError) as error:
+            read(path)
+        assert str(path) + part in str(error.value)
 
 
 def test_a_run_in_another_encoding_names_the_line(tmp_path: Path) -> None:
@@ -119,6 +120,8 @@ def test_a_missing_run_is_a_clear_error(tmp_path: Path) -> None:
     """A bare FileNotFoundError would print a trace instead of a remedy."""
     with pytest.raises(DataError, match="cannot read the run"):
         read_trec(tmp_path / "absent.trec")
+    with pytest.raises(DataError, match="cannot read the run"):
+        TrecFiles([tmp_path / "absent.trec"])
 
 
 def test_the_rank_column_does_not_order(tmp_path: Path) -> None:
@@ -126,3 +129,50 @@ def test_the_rank_column_does_not_order(tmp_path: Path) -> None:
     path = tmp_path / "run.trec"
     path.write_text("q Q0 low 1 0.1 t\nq Q0 high 2 0.9 t\n")
     assert read_trec(path)["q"].doc_ids == ("high", "low")
+
+
+def test_a_run_on_disk_is_the_run_in_memory(tmp_path: Path) -> None:
+    """Without it mining from files would see other ranks than evaluation, most likely where queries take turns."""
+    path = tmp_path / "run.trec"
+    lines = [f"q{i % 3} Q0 d{i} 0 {(i * 7) % 5} t\n" for i in range(30)]
+    path.write_text("\ufeff" + "".join(lines[:12]) + "\n\n" + "".join(sorted(lines[12:])).rstrip("\n"))
+    one, many = read_trec(path), TrecFiles([path])
+    assert list(one) == list(many) == ["q0", "q1", "q2"]
+    assert len(many) == 3
+    assert "q1" in many
+    assert "d1" not in many
+    for query_id, ranking in one.items():
+        assert many[query_id].doc_ids == ranking.doc_ids
+        assert np.array_equal(many[query_id].scores, ranking.scores)
+    with pytest.raises(KeyError):
+        many["nobody"]
+
+
+def test_a_run_in_several_files(tmp_path: Path) -> None:
+    """Without it shards could hide a document that a query lists in two of them."""
+    one, two = tmp_path / "1.trec", tmp_path / "2.trec"
+    one.write_text("a Q0 x 1 2 t\nb Q0 x 1 2 t\n")
+    two.write_text("c Q0 x 1 2 t\nb Q0 y 1 3 t\n")
+    run = TrecFiles([one, two])
+    assert {query_id: ranking.doc_ids for query_id, ranking in run.items()} == {
+        "a": ("x",), "b": ("y", "x"), "c": ("x",),
+    }  # fmt: skip
+    two.write_text("c Q0 x 1 2 t\nb Q0 x 1 3 t\n")
+    with pytest.raises(DataError, match=r"2\.trec:2: query 'b' lists document 'x' twice"):
+        TrecFiles([one, two])["b"]
+
+
+def test_a_run_on_disk_does_not_hold_its_documents(tmp_path: Path) -> None:
+    """Without it mining from the runs of a million queries would need their documents in memory at once."""
+    import tracemalloc
+
+    path = tmp_path / "run.trec"
+    with path.open("w") as file:
+        for query in range(200):
+            file.writelines(f"query-{query} Q0 document-{query}-{i} {i} {1000 - i} t\n" for i in range(200))
+    tracemalloc.start()
+    run = TrecFiles([path])
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(run["query-7"]) == 200
+    assert held < 200 * 1000 < path.stat().st_size

@@ -95,12 +95,3 @@ class BM25Index:
             kth = np.partition(scores[matches], len(matches) - k)[len(matches) - k]
             matches = matches[scores[matches] >= kth]
         return rank([self._doc_ids[match] for match in matches], scores[matches], k)
-
-
-def bm25_run(collection: Collection, queries: Mapping[str, str], k: int) -> dict[str, Ranking]:
-    """Return each query's best ``k`` documents of a collection; see :class:`BM25Index`.
-
-    Raises:
-        DataError: as :meth:`BM25Index.build` and :meth:`BM25Index.search`.
-    """
-    return BM25Index.build(collection).search(queries, k)

@@ -16,7 +16,7 @@ from retrieval_kd.collections.beir import write_beir
 from retrieval_kd.collections.python_docs import PythonDocs, installed_versions
 from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
-from retrieval_kd.mining.bm25 import VARIANT, bm25_run
+from retrieval_kd.mining.bm25 import VARIANT, BM25Index
 from retrieval_kd.mining.candidates import LISTS, CandidateList, read_candidates, write_candidates
 from retrieval_kd.mining.dense import dense_run
 from retrieval_kd.mining.pool import MiningReport
@@ -31,7 +31,7 @@ from retrieval_kd.recipes.schema import (
     SourceSpec,
     TeacherSpec,
 )
-from retrieval_kd.runs import Run, Scores, Shortlist, read_trec, write_trec
+from retrieval_kd.runs import Run, Scores, Shortlist, TrecFiles, write_trec
 from retrieval_kd.stages.first_stage import FirstStage
 from retrieval_kd.stages.teaching import Teaching
 from retrieval_kd.stages.training import TrainingStage
@@ -42,12 +42,14 @@ if TYPE_CHECKING:
     from retrieval_kd.stages.members import Member
     from retrieval_kd.training.dev import DevSet
 
-RUN = "run.trec"
+RUN = "run-{:05d}.trec"
+RUN_QUERIES = 4096
 DEV_POOL_QUERIES = 100
 DEV_POOL_DEPTH = 10
 PROBE_QUERIES = 200
 PROBE_DOCUMENTS = 100
 Announce = Callable[[str], None]
+Retrieve = Callable[[Mapping[str, str]], Run]
 
 
 class Workspace:
@@ -136,37 +138,42 @@ class Workspace:
     def _first_stage(self, source: SourceSpec, depth: int, student: Callable[[str], OnnxEncoder]) -> FirstStage:
         if source.kind == "run":
             path = Path(source.path)
-            # Reading it now says what is wrong with it before anything is ranked.
-            run = read_trec(path)
+            # Opening it now says what is wrong with it before anything is ranked.
+            run = TrecFiles([path])
             return FirstStage(source.name, file_sha256(path), lambda: run)
         if source.kind == "bm25":
-            return self._ranked(source, depth, VARIANT, lambda queries: bm25_run(self.collection, queries, depth))
+            return self._ranked(
+                source, depth, VARIANT, lambda: partial(BM25Index.build(self.collection).search, k=depth)
+            )
         if source.kind == "student":
             encoder = student(source.stage)
         else:
             encoder = self.exported(source.encoder) if source.encoder else self.encoder
 
-        def dense(queries: Mapping[str, str]) -> Run:
-            return dense_run(encoder, queries, self.documents_for(encoder), depth)
+        def dense() -> Retrieve:
+            return partial(dense_run, encoder, corpus=self.documents_for(encoder), k=depth)
 
         return self._ranked(source, depth, encoder.card.fingerprint, dense)
 
-    def _ranked(
-        self, source: SourceSpec, depth: int, ranker: str, retrieve: Callable[[Mapping[str, str]], Run]
-    ) -> FirstStage:
-        """Return a source whose run is an artifact."""
+    def _ranked(self, source: SourceSpec, depth: int, ranker: str, prepare: Callable[[], Retrieve]) -> FirstStage:
+        """Return a source whose run is an artifact, made by shards of queries so that it resumes and never grows."""
         queries = {**self.training_queries, **self.dev[0]}
         inputs = {"collection": self.collection.fingerprint, "queries": fingerprint(queries), "ranker": ranker}
         spec = Spec("mine", {"source": source.kind, "depth": depth}, inputs)
 
         def work(target: Path) -> Mapping[str, Any]:
-            write_trec(target / RUN, retrieve(queries), source.kind)
+            rows, retrieve = list(queries.items()), None
+            for number, start in enumerate(range(0, len(rows), RUN_QUERIES)):
+                path = target / RUN.format(number)
+                if not path.is_file():
+                    retrieve = retrieve or prepare()
+                    write_trec(path, retrieve(dict(rows[start : start + RUN_QUERIES])), source.kind)
             return {"queries": len(queries)}
 
         def run() -> Run:
             folder = self.folder(spec, f"mine candidates with {source.name}")
-            build(folder, spec, work)
-            return read_trec(folder / RUN)
+            artifact = build(folder, spec, work)
+            return TrecFiles([folder / entry.path for entry in artifact.files])
 
         return FirstStage(source.name, spec.fingerprint, run)
 

@@ -11,7 +11,7 @@ import pytest
 from mining_fakes import MemoryCollection
 
 from retrieval_kd.errors import DataError
-from retrieval_kd.mining.bm25 import BM25Index, bm25_run
+from retrieval_kd.mining.bm25 import BM25Index
 
 pytest.importorskip("bm25s", reason="bm25s is an extra")
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data/beir"
@@ -20,7 +20,7 @@ SHARED = Path(__file__).resolve().parents[2] / "../shared/data/beir"
 def test_scores_by_hand() -> None:
     """Another k1, b, idf or a constant factor would still rank plausibly."""
     collection = MemoryCollection({"a": "cat cat dog", "b": "cat", "c": "bird tree"})
-    ranking = bm25_run(collection, {"q": "cats"}, 10)["q"]
+    ranking = BM25Index.build(collection).search({"q": "cats"}, 10)["q"]
     idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
 
     def score(tf: int, length: int) -> float:
@@ -33,15 +33,15 @@ def test_scores_by_hand() -> None:
 def test_a_word_asked_twice_counts_twice() -> None:
     """As in Lucene; a set of query words would rank long questions otherwise."""
     collection = MemoryCollection({"a": "cat", "b": "dog", "c": "bird"})
-    run = bm25_run(collection, {"one": "cat", "two": "cat cats"}, 1)
+    run = BM25Index.build(collection).search({"one": "cat", "two": "cat cats"}, 1)
     assert run["two"].scores[0] == pytest.approx(2 * run["one"].scores[0])
 
 
 def test_documents_that_share_no_word_are_left_out() -> None:
     """The library fills up to k with documents of score zero."""
     collection = MemoryCollection({"a": "cat", "b": "dog", "c": ""})
-    run = bm25_run(
-        collection, {"some": "cat", "unknown": "zebra", "stop": "the of and", "none": "?!", "mixed": "zebra dog"}, 100
+    run = BM25Index.build(collection).search(
+        {"some": "cat", "unknown": "zebra", "stop": "the of and", "none": "?!", "mixed": "zebra dog"}, 100
     )
     assert {query_id: ranking.doc_ids for query_id, ranking in run.items()} == {
         "some": ("a",), "unknown": (), "stop": (), "none": (), "mixed": ("b",),
@@ -52,7 +52,7 @@ def test_documents_that_share_no_word_are_left_out() -> None:
 def test_ties_at_k_keep_the_smallest_ids() -> None:
     """A partial sort keeps whichever it met; the same query would give other negatives on another machine."""
     collection = MemoryCollection({f"d{9 - i}": "same words here" for i in range(10)} | {"x": "other"})
-    assert bm25_run(collection, {"q": "words"}, 3)["q"].doc_ids == ("d0", "d1", "d2")
+    assert BM25Index.build(collection).search({"q": "words"}, 3)["q"].doc_ids == ("d0", "d1", "d2")
 
 
 def test_a_search_leaves_the_index_as_it_was() -> None:
@@ -71,7 +71,7 @@ def test_what_cannot_be_indexed_or_asked(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DataError, match="memory: no word in 2 documents"):
         BM25Index.build(MemoryCollection({"a": "", "b": "the"}))
     with pytest.raises(DataError, match="k 0 must be at least 1"):
-        bm25_run(MemoryCollection({"a": "cat"}), {"q": "cat"}, 0)
+        BM25Index.build(MemoryCollection({"a": "cat"})).search({"q": "cat"}, 0)
     monkeypatch.setitem(sys.modules, "Stemmer", None)
     with pytest.raises(DataError, match=r"BM25: Stemmer is not installed; pip install 'retrieval-kd\[train\]'"):
         BM25Index.build(MemoryCollection({"a": "cat"}))
@@ -88,7 +88,7 @@ def test_stands_near_anserini(name: str, figure: float, anserini: float) -> None
     from retrieval_kd.collections.beir import BeirCollection
 
     collection = BeirCollection(SHARED / name)
-    run = bm25_run(collection, split_queries(collection, "test"), 10)
+    run = BM25Index.build(collection).search(split_queries(collection, "test"), 10)
     scores = {
         query_id: dict(zip(ranking.doc_ids, map(float, ranking.scores), strict=True))
         for query_id, ranking in run.items()
