@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from retrieval_kd.encoders.corpus import (
     write_vectors,
 )
 from retrieval_kd.encoders.matryoshka import truncated
+from retrieval_kd.exact import exact_search
 from retrieval_kd.mining.dense import dense_run
 from retrieval_kd.progress import silence
 from retrieval_kd.runs import Run
@@ -37,8 +39,15 @@ _BLOCK_ROWS = 16384
 class DenseSystem:
     """A query encoder over encoded documents, compared with every one of them."""
 
-    def __init__(self, name: str, encoder: Encoder, corpus: EncodedCorpus, role: str = "bi-encoder") -> None:
-        """Put a query encoder before vectors.
+    def __init__(
+        self,
+        name: str,
+        encoder: Encoder,
+        corpus: EncodedCorpus,
+        role: str = "bi-encoder",
+        document_encoder: Encoder | None = None,
+    ) -> None:
+        """Put a query encoder before vectors; the document encoder is kept for benches only.
 
         Raises:
             EncoderMismatch: the encoder's vectors do not lie in the documents' space.
@@ -48,10 +57,19 @@ class DenseSystem:
         self.role = role
         self.encoder = encoder
         self.corpus = corpus
+        self.document_encoder = document_encoder
 
     def run(self, queries: Mapping[str, str], depth: int) -> Run:
         """Encode the queries and compare them with every document."""
         return dense_run(self.encoder, queries, self.corpus, depth)
+
+    def staged(self, text: str, depth: int) -> dict[str, float]:
+        """Answer one query and return the seconds of its stages."""
+        start = time.perf_counter()
+        vectors = self.encoder.encode([text], "query")
+        done = time.perf_counter()
+        exact_search(["query"], vectors, self.corpus, depth)
+        return {"encode": done - start, "search": time.perf_counter() - done}
 
     def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
         """Time encoding alone, and encoding with exhaustive search."""

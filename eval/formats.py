@@ -44,6 +44,11 @@ def milliseconds(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def megabytes(value: float | None) -> str:
+    """Return bytes as whole megabytes (10^6), without unit."""
+    return NOT_APPLICABLE if value is None else f"{value / 1e6:,.0f}"
+
+
 def whole(value: float | None) -> str:
     """Return a whole number with thousands separators."""
     return NOT_APPLICABLE if value is None else f"{value:,.0f}"

@@ -24,11 +24,21 @@ class Latency:
         calls: Number of timed calls.
         p50_ms: Median.
         p95_ms: 95th percentile.
+        p99_ms: 99th percentile.
+        max_ms: The slowest call.
     """
 
     calls: int
     p50_ms: float
     p95_ms: float
+    p99_ms: float
+    max_ms: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Latency:
+        """Return the percentiles of timed calls, at least one."""
+        p50, p95, p99, slowest = (np.percentile(seconds, [50, 95, 99, 100]) * 1000).tolist()
+        return cls(len(seconds), p50, p95, p99, slowest)
 
 
 def latency(
@@ -49,9 +59,7 @@ def latency(
     if not inputs:
         raise DataError("no queries to time; give at least one")
     _timed(call, inputs[:warmup], budget_s)
-    seconds = _timed(call, inputs, budget_s)
-    p50, p95 = np.percentile(seconds, [50, 95]) * 1000
-    return Latency(len(seconds), float(p50), float(p95))
+    return Latency.of(_timed(call, inputs, budget_s))
 
 
 def _timed(call: Callable[[Input], object], inputs: Sequence[Input], budget_s: float) -> list[float]:

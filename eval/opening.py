@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -114,7 +115,8 @@ class Opener:
             query = TruncatedEncoder(query, dimension)
             corpus = truncated_corpus(corpus, dimension, self._cache)
             name = f"{name}, {dimension} d"
-        system = DenseSystem(name, query, corpus, "student" if query.card.role == "query" else "bi-encoder")
+        role = "student" if query.card.role == "query" else "bi-encoder"
+        system = DenseSystem(name, query, corpus, role, document)
         self.identities[str(spec)] = f"encoder {query.card.fingerprint[:12]}, vectors {corpus.fingerprint[:12]}"
         return system
 
@@ -137,7 +139,7 @@ class Opener:
 
         given = spec.options.get("encoder")
         store, folder = served_folder(Path(spec.target), Path(given) if given else None)
-        encoder, searcher = OnnxEncoder.load(folder), Searcher.open(store)
+        encoder, searcher = OnnxEncoder.load(folder, threads=len(os.sched_getaffinity(0))), Searcher.open(store)
         self.identities[str(spec)] = f"index version {searcher.version}, encoder {encoder.card.fingerprint[:12]}"
         role = "student" if encoder.card.role == "query" else "bi-encoder"
         return IndexSystem(f"{encoder.card.name} over {spec.target}", role, encoder, searcher, collection)
@@ -214,7 +216,7 @@ def _open_encoder(model: str, spec: SystemSpec | None, options: Mapping[str, str
         _refuse_options(spec, options, "an exported encoder has its length and prefixes in its card")
         from retrieval_kd.encoders.onnx import OnnxEncoder
 
-        return OnnxEncoder.load(folder)
+        return OnnxEncoder.load(folder, threads=len(os.sched_getaffinity(0)))
     import torch
 
     from retrieval_kd.encoders.torch_encoder import TorchEncoder

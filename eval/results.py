@@ -42,6 +42,7 @@ class SystemResult:
         facts: The cost.
         run: The rankings; None when only the values are kept.
         judged: Share of the ten best documents that somebody has judged; None when unknown.
+        cost: What a bench measured, see :class:`eval.bench.Cost`; None when nobody benched.
     """
 
     name: str
@@ -51,6 +52,7 @@ class SystemResult:
     facts: Facts = Facts()
     run: Run | None = None
     judged: float | None = None
+    cost: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
@@ -92,4 +94,5 @@ class SystemResult:
             "query_ms_p50": self.facts.query_ms_p50,
             "query_ms_p95": self.facts.query_ms_p95,
             "bytes_per_doc": self.facts.bytes_per_doc,
+            "cost": self.cost,
         }

@@ -140,5 +140,14 @@ def in_order(specs: Sequence[SystemSpec]) -> list[SystemSpec]:
     return list(ordered.values())
 
 
+def needed(specs: Sequence[SystemSpec], reference: str) -> list[SystemSpec]:
+    """Return a system and those whose runs it needs, itself last; ``specs`` is in the order of :func:`in_order`."""
+    wanted = {reference}
+    for spec in reversed(specs):
+        if spec.reference in wanted:
+            wanted.update(spec.components)
+    return [spec for spec in specs if spec.reference in wanted]
+
+
 def _known(key: str, options: Sequence[str]) -> str:
     return did_you_mean(key, options) if options else "; it has none"

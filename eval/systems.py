@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,10 @@ class BM25System:
 
         return BM25Index.build(self._collection)
 
+    def prepare(self) -> None:
+        """Build the index now instead of with the first query."""
+        _ = self._index
+
     def run(self, queries: Mapping[str, str], depth: int) -> Run:
         """Return BM25's rankings, without documents that share no word with the query."""
         return self._index.search(queries, depth)
@@ -150,6 +155,14 @@ class IndexSystem:
         if self._collection is not None and len(queries) > 1:
             _require_known(f"index {self.name!r}", run, self._collection)
         return run
+
+    def staged(self, text: str, depth: int) -> dict[str, float]:
+        """Answer one query and return the seconds of its stages."""
+        start = time.perf_counter()
+        vectors = self._encoder.encode([text], "query")
+        encoded = time.perf_counter()
+        self._searcher.search(vectors, depth)
+        return {"encode": encoded - start, "search": time.perf_counter() - encoded}
 
     def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
         """Time encoding alone, and encoding with search."""
@@ -263,6 +276,18 @@ class ServerSystem:
                 advance(len(block))
         _require_known(f"server {self.name!r}", run, self.collection)
         return run
+
+    def staged(self, text: str, depth: int) -> dict[str, float]:
+        """Answer one query and return the seconds of the server's stages; the rest of the total is the wire."""
+        timings = self.client.search(text, top_k=depth).timings
+        nanoseconds = {
+            "tokenize": timings.tokenize_ns,
+            "queue": timings.queue_ns,
+            "encode": timings.encode_ns,
+            "search": timings.search_ns,
+            "server": timings.total_ns,
+        }
+        return {stage: value / 1e9 for stage, value in nanoseconds.items()}
 
     def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
         """Time single searches end to end: over the wire, encoding and search included."""

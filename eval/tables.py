@@ -69,6 +69,43 @@ def markdown_table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def format_costs(report: Report) -> str:
+    """Return what a bench measured as plain text: latency by stage, then throughput, processor time and memory."""
+    benched = [row for row in report["systems"] if row["cost"]]
+    timed = [(row["name"], stage, times) for row in benched for stage, times in row["cost"]["stages"].items()]
+    for row in benched:
+        load = row["cost"]["open_loop"]
+        if load and load["latency"]:
+            stage = f"open loop, {load['offered_per_s']:.1f}/s, {load['failed']} of {load['sent']} failed"
+            timed.append((row["name"], stage, load["latency"]))
+    latencies = [
+        [name, stage, *(formats.milliseconds(times[f"{key}_ms"]) for key in ("p50", "p95", "p99", "max"))]
+        for name, stage, times in timed
+    ]
+    costs = [
+        [
+            row["name"],
+            formats.milliseconds(row["cost"]["queries_per_s"]),
+            formats.milliseconds(row["cost"]["cpu_s_per_1000"]),
+            formats.megabytes(row["cost"]["memory_bytes"]),
+            formats.megabytes(row["cost"]["peak_bytes"]),
+            formats.whole(row["bytes_per_doc"]),
+            formats.milliseconds(row["cost"]["build_s"]),
+            formats.milliseconds(row["cost"]["documents_per_s"]),
+        ]
+        for row in benched
+    ]
+    headings = ["system", "queries/s", "CPU s/1000", "memory MB", "peak MB", "bytes/doc", "build s", "documents/s"]
+    hardware = report["provenance"]["hardware"]
+    cores = ", ".join(map(str, benched[0]["cost"]["cores"])) if benched else ""
+    note = (
+        f"{hardware['cpu']}, core {cores} of {hardware['cores']}; each system in a process of its own, warmed up. "
+        "Memory is the process's, Python and libraries included."
+    )
+    stages = plain_table(["milliseconds, one query at a time", "stage", "p50", "p95", "p99", "max"], latencies)
+    return f"{stages}\n\n{plain_table(headings, costs)}\n\n{note}"
+
+
 def format_summary(summary: Report) -> str:
     """Return the means over sets as plain text: one table for each measure, the set list named."""
     sets = [entry["name"] for entry in summary["sets"]]

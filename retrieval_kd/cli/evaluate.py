@@ -200,6 +200,44 @@ def compare(
         typer.echo(f"\n{format_cases(f'Largest losses of {name}', losses)}")
 
 
+@app.command()
+def bench(
+    collection: Annotated[str, typer.Argument(metavar="COLLECTION", help="A folder, or irds:ID.")],
+    system: Systems = None,
+    split: Split = "test",
+    measure: Measures = None,
+    depth: Annotated[int, typer.Option(min=1, help="Documents retrieved for each query.")] = 100,
+    calls: Annotated[int, typer.Option(min=1, help="Queries timed one by one.")] = 200,
+    warmup: Annotated[int, typer.Option(min=0, help="Queries run before the clock counts.")] = 20,
+    core: Annotated[list[int] | None, typer.Option("--core", min=0, help="Pin to this core; may be repeated.")] = None,
+    rate: Annotated[float, typer.Option(min=0, help="Servers: requests that arrive each second; 0 for none.")] = 0.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Servers: how long they arrive.")] = 10.0,
+    server_pid: Annotated[int, typer.Option(min=0, help="The server's process, for its CPU time and memory.")] = 0,
+    distractors: Distractors = None,
+    artifacts: Cache = ARTIFACTS,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure cost beside quality: latency by stage, throughput, CPU, memory; each system in a process of its own."""
+    from eval.bench import Load
+    from eval.bench import bench as run_bench
+    from eval.specs import SystemSpec
+    from eval.tables import format_costs, format_report
+
+    load = Load(calls, warmup, depth, tuple(core or ()), rate, seconds, server_pid)
+    specs = [SystemSpec.parse(text) for text in system or ()]
+    measures = tuple(measure or ("nDCG@10", "RR@10"))
+    with tempfile.TemporaryDirectory() as scratch:
+        where = out or Path(scratch)
+        written = run_bench(
+            collection, split, specs, load, measures, artifacts, where, _command(), distractors or (), announce
+        )
+    if as_json:
+        typer.echo(json.dumps(written, ensure_ascii=False))
+    else:
+        typer.echo(f"{format_report(written)}\n\n{format_costs(written)}")
+
+
 def _specs(
     systems: list[str] | None,
     bm25: bool,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eval.specs import SystemSpec, in_order
+from eval.specs import SystemSpec, in_order, needed
 from retrieval_kd.errors import DataError
 
 
@@ -55,6 +55,14 @@ def test_a_number_must_be_one(value: str) -> None:
 
 def _order(*texts: str) -> list[str]:
     return [str(spec) for spec in in_order([SystemSpec.parse(text) for text in texts])]
+
+
+def test_only_what_a_system_needs_is_opened_for_its_bench() -> None:
+    """Opening every system in a bench's process would count their memory as one system's."""
+    ordered = in_order([SystemSpec.parse(text) for text in ("d=model:M", "ce=rerank:M,over=bm25", "x=rrf:ce+d")])
+    assert [spec.reference for spec in needed(ordered, "ce")] == ["bm25", "ce"]
+    assert [spec.reference for spec in needed(ordered, "d")] == ["d"]
+    assert {spec.reference for spec in needed(ordered, "x")} == {"bm25", "ce", "d", "x"}
 
 
 def test_what_is_needed_comes_first() -> None:

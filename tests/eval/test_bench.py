@@ -1,0 +1,94 @@
+"""Cost is measured where it arises: from the arrival of a request, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from eval.bench import Load, bench
+from eval.open_loop import open_loop
+from eval.specs import SystemSpec
+from eval.tables import format_costs
+from retrieval_kd.errors import DataError, ServeError
+
+
+def test_waiting_counts_from_the_arrival() -> None:
+    """A closed loop would wait for the slow answer and then find the others fast (coordinated omission)."""
+    served = threading.Lock()
+
+    def one_at_a_time(_: int) -> None:
+        with served:
+            time.sleep(0.02)
+
+    found = open_loop(one_at_a_time, [1, 2, 3], rate=100, seconds=0.5, seed=1)
+    assert found.latency is not None
+    assert found.failed == 0
+    assert 30 < found.sent < 80
+    # Half of what arrives can be served: the last waits for about half of the time in which requests came.
+    assert found.latency.max_ms > 200
+    assert found.latency.p50_ms > 60
+    assert found.answered_per_s < 52
+
+
+def test_refused_requests_are_counted_and_not_timed() -> None:
+    """A server that refuses quickly would otherwise look fast."""
+
+    def refuse(value: int) -> None:
+        if value == 0:
+            raise ServeError("too busy")
+
+    found = open_loop(refuse, [0, 1], rate=200, seconds=0.3, seed=0)
+    assert found.latency is not None
+    assert found.failed == -(-found.sent // 2)
+    assert found.latency.calls == found.sent - found.failed
+    assert open_loop(refuse, [0], rate=200, seconds=0.1, seed=0).latency is None
+    for rate, seconds in ((0, 1), (1, 0), (1e-9, 1)):
+        with pytest.raises(DataError, match="open loop"):
+            open_loop(refuse, [1], rate=rate, seconds=seconds, seed=0)
+
+
+def test_every_system_has_its_cost_beside_its_quality(tiny: Path, tmp_path: Path) -> None:
+    """Memory of two systems in one process could not be told apart; quality of another run would not be its own."""
+    specs = [SystemSpec("bm25"), SystemSpec("model", str(tiny / "tiny-encoder"), "dense")]
+    core = min(os.sched_getaffinity(0))
+    load = Load(calls=12, warmup=2, depth=10, cores=(core,))
+    collection = str(tiny / "tiny-collection")
+    report = bench(collection, "test", specs, load, ["nDCG@10"], tmp_path / "cache", tmp_path / "out", "rkd eval bench")
+    assert report == json.loads((tmp_path / "out/report.json").read_text())
+    bm25, dense = report["systems"]
+    assert set(bm25["cost"]["stages"]) == {"total"}
+    assert set(dense["cost"]["stages"]) == {"total", "encode", "search"}
+    for entry in (bm25, dense):
+        cost = entry["cost"]
+        assert cost["cores"] == [core]
+        assert cost["stages"]["total"]["calls"] == 12
+        assert (
+            cost["stages"]["total"]["p50_ms"] <= cost["stages"]["total"]["p99_ms"] <= cost["stages"]["total"]["max_ms"]
+        )
+        assert cost["queries_per_s"] > 0
+        assert cost["build_s"] > 0
+        assert 0 < cost["memory_bytes"] <= cost["peak_bytes"]
+        assert entry["nDCG@10"] > 0
+    # torch alone is hundreds of megabytes, which BM25's process does not have.
+    assert dense["cost"]["memory_bytes"] > bm25["cost"]["memory_bytes"] + 50e6
+    assert dense["cost"]["documents_per_s"] > 0
+    assert bm25["cost"]["documents_per_s"] is None
+    text = format_costs(report)
+    assert "CPU s/1000" in text
+    assert "encode" in text
+
+
+def test_a_failing_process_says_why(tiny: Path, tmp_path: Path) -> None:
+    """An exit status alone sends a person to read code."""
+    specs = [SystemSpec("model", str(tmp_path))]
+    with pytest.raises(DataError, match=r"bench of model:.*no modules\.json") as error:
+        bench(
+            str(tiny / "tiny-collection"), "test", specs, Load(calls=1), ["RR@10"], tmp_path / "c", tmp_path / "o", ""
+        )
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "o").exists()
