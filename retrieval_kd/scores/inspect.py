@@ -74,12 +74,16 @@ class ScoreReport:
         elif self.equal_lists:
             lines.append(f"{self.equal_lists} of {self.queries} lists have equal scores and teach nothing")
         if self.underflow and self.temperature is not None:
-            enough = max(self.temperature, self.widest_spread / _LARGEST_GAP)
             lines.append(
                 f"{self.underflow:.1%} of the scores underflow a softmax at temperature 1 (mean spread "
-                f"{self.mean_spread:.1f}); use temperature {enough:.3g}"
+                f"{self.mean_spread:.1f}); use temperature {self.enough:.3g}"
             )
         return tuple(lines)
+
+    @property
+    def enough(self) -> float | None:
+        """Return ``temperature``, or a higher one where some list's lowest score would still underflow."""
+        return None if self.temperature is None else max(self.temperature, self.widest_spread / _LARGEST_GAP)
 
 
 def inspect(lists_scores: Sequence[Scores]) -> ScoreReport:

@@ -8,6 +8,7 @@ nor whether the documents are frozen, nor how many processes share a batch.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,15 +31,17 @@ from retrieval_kd.training.batches import Batch, TrainingSet, assemble, epoch_ba
 from retrieval_kd.training.checkpoint import Stateful, load_checkpoint, load_weights, save_checkpoint, save_weights
 from retrieval_kd.training.dev import DevSet
 from retrieval_kd.training.machine import Machine
-from retrieval_kd.training.metrics import MetricsLog
+from retrieval_kd.training.metrics import MetricsLog, agreement
 from retrieval_kd.training.passes import Passes
+from retrieval_kd.training.preflight import teacher_warnings
 from retrieval_kd.training.schedule import evenly, learning_rate
 from retrieval_kd.training.terms import Step, Terms
 from retrieval_kd.training.towers import DocumentTower, JointReranker, LayerTeacher, TokenRows, Tower
 
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
-Write = Callable[[str, int, Mapping[str, Any]], None]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,14 +114,19 @@ def train(
         joint: A reranker that learns along; it scores the lists in place of ``data.teacher``.
 
     Returns:
-        Facts for the manifest: steps, best step, its nDCG@10 on dev.
+        Facts for the manifest: steps, best step, its nDCG@10 on dev, the diagnostics of
+        :meth:`retrieval_kd.training.metrics.MetricsLog.summary`, and what was warned of.
 
     Raises:
-        RecipeError: as :func:`check_losses`, or widths that do not fit.
+        RecipeError: as :func:`check_losses`, widths that do not fit, or a precision the device lacks.
         DataError: the loss is not finite; names step and terms.
     """
     check_losses(losses, pairwise=data.preferences is not None)
+    warnings = teacher_warnings(data, losses)
     machine = Machine(schedule.precision)
+    if machine.main:
+        for line in warnings:
+            _log.warning(line)
     run = _Run(machine, student, documents, data, losses, schedule, layer_teacher, joint)
     queries_per_epoch = min(len(data.lists), schedule.epoch_queries or len(data.lists))
     total = schedule.epochs * math.ceil(queries_per_epoch / schedule.batch_queries)
@@ -131,13 +139,11 @@ def train(
         at = Progress(**load_checkpoint(folder / LAST, run.trained, run.optimizer, run.states))
     machine.wait()
     with contextlib.ExitStack() as stack:
-        write: Write = _unwritten
-        if machine.main:
-            write = stack.enter_context(MetricsLog(folder, at.step if resumed else None)).write
+        log = stack.enter_context(MetricsLog(folder, at.step if resumed else None)) if machine.main else None
         advance = stack.enter_context(progress("train", total, "steps"))
-        if not resumed and dev is not None and machine.main:
+        if log is not None and dev is not None and not resumed:
             ndcg = dev.ndcg_at_10(student)
-            write("dev", 0, {"nDCG@10": ndcg, "queries": len(dev.queries), "documents": dev.documents})
+            log.write("dev", 0, {"nDCG@10": ndcg, "queries": len(dev.queries), "documents": dev.documents})
         advance(at.step)
         for step, epoch, positions in _steps(len(data.lists), schedule, seed, start=at.step):
             # Dropout draws from torch's global generator, so a resumed run must find it where it was.
@@ -146,19 +152,26 @@ def train(
             rate = learning_rate(step, total, schedule)
             values = run.step(positions, rate / schedule.learning_rate, (step + 1) / total, f"step {step + 1}")
             at = Progress(step + 1, at.best_step, at.best_ndcg)
-            write("train", at.step, {"epoch": epoch + 1, "learning_rate": rate, **values})
-            if machine.main and dev is not None and at.step in evenly(total, schedule.evaluations):
-                at = _evaluate(at, run.measured, dev, write, folder)
-            if machine.main and at.step in evenly(total, schedule.checkpoints):
-                save_checkpoint(folder / LAST, run.trained, run.optimizer, asdict(at), run.states)
+            if log is not None:
+                log.write("train", at.step, {"epoch": epoch + 1, "learning_rate": rate, **values})
+                if dev is not None and at.step in evenly(total, schedule.evaluations):
+                    at = _evaluate(at, run.measured, dev, log, folder)
+                if at.step in evenly(total, schedule.checkpoints):
+                    save_checkpoint(folder / LAST, run.trained, run.optimizer, asdict(at), run.states)
             advance(1)
-    at = machine.agree(at)
+        at, summary = machine.agree((at, log.summary() if log is not None else {}))
     if at.best_step:
         load_weights(folder / BEST, run.trained)
     else:
         run.trained.load_state_dict(run.measured.state_dict())
     run.trained.eval()
-    return {"steps": at.step, "best_step": at.best_step or at.step, "dev_nDCG@10": at.best_ndcg if dev else None}
+    return {
+        "steps": at.step,
+        "best_step": at.best_step or at.step,
+        "dev_nDCG@10": at.best_ndcg if dev else None,
+        **summary,
+        "warnings": list(warnings),
+    }
 
 
 class _Run:
@@ -255,12 +268,16 @@ class _Run:
         if self.average is not None:
             self.average.update(self.trained, progress)
         self.terms.learn(step, values, progress)
+        seconds = time.perf_counter() - started
         return {
             "loss": loss.item(),
             "losses": values,
             # A step that fp16 left out has none.
             "gradient_norm": norm if math.isfinite(norm) else None,
-            "queries_per_second": len(positions) / (time.perf_counter() - started),
+            **agreement(*step.compared()),
+            "padding": 1 - passes.tokens / passes.padded if passes.padded else 0.0,
+            "queries_per_second": len(positions) / seconds,
+            "texts_per_second": passes.texts / seconds,
         }
 
     def _look(self, batch: Batch, passes: Passes) -> Step:
@@ -315,18 +332,14 @@ class _Run:
         return logits.new_zeros(batch.mask.shape).index_put((lists, ranks), logits)
 
 
-def _evaluate(at: Progress, measured: nn.ModuleDict, dev: DevSet, write: Write, folder: Path) -> Progress:
+def _evaluate(at: Progress, measured: nn.ModuleDict, dev: DevSet, log: MetricsLog, folder: Path) -> Progress:
     """Measure the student on dev and keep its weights if they are the best so far."""
     ndcg = dev.ndcg_at_10(cast("TorchEncoder", measured["student"]))
-    write("dev", at.step, {"nDCG@10": ndcg})
+    log.write("dev", at.step, {"nDCG@10": ndcg, **log.means()})
     if ndcg <= at.best_ndcg:
         return at
     save_weights(folder / BEST, measured, {"step": at.step, "nDCG@10": ndcg})
     return Progress(at.step, at.step, ndcg)
-
-
-def _unwritten(event: str, step: int, values: Mapping[str, Any]) -> None:
-    """Leave the log to the first process."""
 
 
 def _steps(

@@ -96,6 +96,16 @@ class Step:
             self.made[kind, teacher] = _MAKERS[kind](self, teacher)
         return self.made[kind, teacher]
 
+    def compared(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the student's and the teacher's scores of the lists, and their mask, ``[B, L]`` each, to be measured.
+
+        Where the recipe has no teacher of scores, the encoder's own are taken.
+        """
+        teacher = self.teacher
+        if teacher is None:
+            teacher = self.lists(self.query_targets @ self.document_targets.T)
+        return self.lists(self.scores()), teacher, self.batch.mask
+
     def in_batch_teacher(self, teacher: Teacher) -> tuple[Tensor | None, Tensor]:
         """Return a teacher's scores ``[B, C]``, and where they are known."""
         listed = self.listed()

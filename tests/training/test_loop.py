@@ -20,7 +20,6 @@ from retrieval_kd.errors import ArtifactError, DataError
 from retrieval_kd.losses.registry import LOSSES
 from retrieval_kd.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from retrieval_kd.training.loop import BEST, LAST
-from retrieval_kd.training.metrics import MetricsLog
 from retrieval_kd.training.terms import Terms
 from retrieval_kd.training.towers import LiveDocuments
 
@@ -49,6 +48,10 @@ def test_the_best_weights_are_left_in_the_student(tmp_path: Path) -> None:
         assert torch.equal(tensor, reference.state_dict()[name]), name
 
 
+def without_speed(summary: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in summary.items() if key != "texts_per_second"}
+
+
 @pytest.mark.parametrize("steps", [1, 8])
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, steps: int) -> None:
     """Without it a resumed run restarts at a higher loss (sentence-transformers#3756), with other dropout draws."""
@@ -57,7 +60,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, steps: int) ->
     resumed, summary = job(tmp_path / "a", dropout=0.2)
     whole, expected = job(tmp_path / "b", dropout=0.2)
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
-    assert summary == expected
+    assert without_speed(summary) == without_speed(expected)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
@@ -101,7 +104,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
     _, first = job(tmp_path)
     before = curve(tmp_path)
     _, again = job(tmp_path)
-    assert again == first
+    assert without_speed(again) == without_speed(first)
     assert curve(tmp_path) == before
 
 
@@ -140,15 +143,3 @@ def test_torn_and_foreign_checkpoints_are_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ArtifactError, match=r"last\.safetensors: torn or not a checkpoint"):
         load_checkpoint(path, encoder, optimizer)
-
-
-def test_the_log_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
-    """Without it a resumed run would log its steps twice, the first time with a torn line."""
-    with MetricsLog(tmp_path, None) as log:
-        for step in (1, 2, 3):
-            log.write("train", step, {"loss": float(step)})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "train", "st')
-    with MetricsLog(tmp_path, 2) as log:
-        log.write("train", 3, {"loss": 30.0})
-    assert curve(tmp_path) == [(1, "train", 1.0), (2, "train", 2.0), (3, "train", 30.0)]

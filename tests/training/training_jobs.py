@@ -147,7 +147,7 @@ def events(folder: Path, event: str = "train") -> list[dict[str, Any]]:
 def curve(folder: Path) -> list[tuple[int, str, float]]:
     """Return what must be equal in two runs of one recipe; speeds are not."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["event"], row.get("loss", row.get("nDCG@10"))) for row in rows]
+    return [(row["step"], row["event"], row.get("nDCG@10", row.get("loss"))) for row in rows]
 
 
 ROWS = np.arange(12)
