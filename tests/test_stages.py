@@ -56,6 +56,11 @@ def dev(folder: Path) -> list[float]:
     return [row["nDCG@10"] for row in rows if row["event"] == "dev"]
 
 
+def train_rows(folder: Path) -> list[dict[str, Any]]:
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["event"] == "train"]
+
+
 @pytest.mark.parametrize("mode", ["asymmetric", "symmetric"])
 def test_a_stage_starts_from_the_best_weights_of_the_last(tiny: Path, mode: str) -> None:
     """Without it each stage would begin anew, and a curriculum would be its last stage alone."""
@@ -161,6 +166,32 @@ def test_a_selection_that_keeps_nothing_says_why(tiny: Path) -> None:
     impossible = "stages.hard.selection={kind: disagreement, student_ranks: [90, 99]}"
     with pytest.raises(DataError, match=r"stage 'hard': selection keeps none of \d+ lists .*widen"):
         _ = workspace(tiny, *staged(tiny, "asymmetric", impossible)).last.folder
+
+
+def test_prod_from_bi_encoder_to_ensemble_to_disagreement(tiny: Path, tmp_path: Path) -> None:
+    """Without it PROD's parts could each work and its curriculum not: teachers in turn, no forgetting, hard queries."""
+    cross_encoder = tiny_cross_encoder_folder(tmp_path / "ce")
+    prod = [{"name": "prod", "options": {"temperature": 1.0}}]
+    gently = [*prod, {"name": "learning_without_forgetting", "options": {"temperature": 1.0}}]
+    small = {"model": str(cross_encoder), "max_length": 32, "encoder_weight": 0, "normalise": "none"}
+    large = {"model": str(cross_encoder), "max_length": 32}
+    stages = [
+        {"name": "bi-encoder", "teacher": {"cross_encoder_weight": 0}, "losses": prod},
+        {"name": "small", "teacher": small, "losses": gently, "candidates": {"sources": ["bm25", "student"]}},
+        {"name": "ensemble", "teacher": large, "losses": gently},
+        {
+            "name": "data", "teacher": large, "losses": gently, "candidates": {"negatives": 8},
+            "selection": {"kind": "disagreement", "teacher_rank": 5, "student_ranks": [2, 9]},
+        },
+    ]  # fmt: skip
+    overrides = [*tiny_overrides(tiny, "asymmetric"), f"stages={json.dumps(stages)}", "schedule.epochs=1"]
+    bi_encoder, *later = workspace(tiny, *overrides).training
+    assert list(train_rows(bi_encoder.folder)[0]["losses"]) == ["prod"]
+    for stage in later:
+        kept = [row["losses"]["learning_without_forgetting"] for row in train_rows(stage.folder)]
+        # The first step compares the student with itself.
+        assert abs(kept[0]) < 1e-6 < max(kept[1:])
+    assert len(later[-1].lists) < len(later[-1].candidates)
 
 
 @pytest.fixture

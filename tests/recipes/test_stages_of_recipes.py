@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,21 @@ def test_wrong_stages_are_named(staged: str, override: str, message: str) -> Non
         load_recipe(staged, [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_recipes_of_the_documentation_load(tmp_path: Path) -> None:
+    """Without it the page about stages could show a key that no recipe takes."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "stages.md"
+    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    whole = [block for block in blocks if block.startswith("name:")]
+    assert (len(blocks), len(whole)) == (3, 2)
+    for text in whole:
+        path = tmp_path / "whole.yaml"
+        path.write_text(text)
+        assert load_recipe(str(path)).training
+    # What is a section alone is put into a whole recipe.
+    section = next(block for block in blocks if block not in whole)
+    path = tmp_path / "section.yaml"
+    path.write_text(re.sub(r"candidates: .*\n", section, whole[1], count=1))
+    (stage,) = load_recipe(str(path)).training
+    assert [source.kind for source in stage.candidates.sources] == ["bm25", "dense", "dense", "student", "run"]
