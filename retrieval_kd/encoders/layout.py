@@ -53,6 +53,11 @@ class Layout:
     similarity: Literal["dot", "cosine"]
 
 
+def body_folder(folder: Path) -> Path:
+    """Return where the transformer of a sentence-transformers or plain transformers model lies."""
+    return read_layout(folder).body if (folder / MODULES).is_file() else folder
+
+
 def read_layout(folder: Path) -> Layout:
     """Read the modules of a sentence-transformers model.
 

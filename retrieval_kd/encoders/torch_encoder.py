@@ -300,11 +300,16 @@ def _family(body: nn.Module) -> tuple[str, int]:
 
 
 def _read_weights(layout: Layout) -> tuple[nn.Module, nn.Linear | None]:
-    body = read_static(layout.body / WEIGHTS) if layout.static else _read_body(layout.body)
+    body = read_static(layout.body / WEIGHTS) if layout.static else read_body(layout.body)
     return body, None if layout.projection is None else _read_projection(layout.projection)
 
 
-def _read_body(folder: Path) -> nn.Module:
+def read_body(folder: Path) -> nn.Module:
+    """Read a transformer without its pooler, whole and in float32.
+
+    Raises:
+        ArtifactError: it cannot be read, or a weight is missing; names the folder.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModel
 

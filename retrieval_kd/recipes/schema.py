@@ -483,13 +483,15 @@ class LossSpec:
         name: A loss of ``retrieval_kd.losses.registry``.
         weight: Its factor in the sum.
         teacher: Whose scores it learns: ``scores``, the recipe's teacher, which knows each query's own list;
-            ``encoder``, the document encoder itself, which knows every query of the batch against every document.
+            ``encoder``, the document encoder itself, which knows every query of the batch against every document;
+            ``late_interaction``, the teacher's member of this kind, which scores every query against every document
+            as the batch comes.
         options: Its hyper-parameters, checked against the loss's own keyword arguments.
     """
 
     name: str
     weight: float = 1.0
-    teacher: Literal["scores", "encoder"] = "scores"
+    teacher: Literal["scores", "encoder", "late_interaction"] = "scores"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -626,6 +628,11 @@ class StageSpec:
             f"name: {self.name!r} must be letters, digits, _ and -, a letter first",
         )
         _require(len(self.losses) > 0, "losses is empty; name at least one")
+        live = [loss.name for loss in self.losses if loss.teacher == "late_interaction"]
+        _require(
+            not live or sum(member.kind == "late_interaction" for member in self.teacher.ensemble) == 1,
+            f"losses: {', '.join(live)} learn from a late-interaction model; name one in teacher.members",
+        )
         if self.joint is not None:
             _require(
                 [member.kind for member in self.teacher.ensemble] == ["cross_encoder"],

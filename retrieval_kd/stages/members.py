@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from retrieval_kd.scores.preferences import Preferences, PreferenceStore
     from retrieval_kd.scores.store import ScoreStore
     from retrieval_kd.stages.workspace import Workspace
-    from retrieval_kd.teachers.cross_encoder import CrossEncoder, PairwiseRanker
+    from retrieval_kd.teachers.cross_encoder import PairwiseRanker
     from retrieval_kd.teachers.scoring import PairScorer
 
 
@@ -69,10 +69,10 @@ def open_member(workspace: Workspace, spec: MemberSpec) -> Member:
     Raises:
         RecipeError: no stage makes such a member yet.
     """
-    if spec.kind == "late_interaction" or spec.compress:
+    if spec.compress:
         raise RecipeError(f"teacher.members ({spec.kind}): no stage makes it yet; use another kind, without compress")
-    if spec.kind == "cross_encoder":
-        return CrossEncoderMember(workspace, spec)
+    if spec.kind in ("cross_encoder", "late_interaction"):
+        return TextMember(workspace, spec)
     if spec.kind == "pairwise":
         return PairwiseMember(workspace, spec)
     if spec.kind == "bi_encoder":
@@ -80,8 +80,8 @@ def open_member(workspace: Workspace, spec: MemberSpec) -> Member:
     return FileMember(spec)
 
 
-class CrossEncoderMember:
-    """A cross-encoder; each pair is scored once in a workspace, and its logit kept."""
+class TextMember:
+    """A cross-encoder or late-interaction model; each pair is scored once in a workspace, and its raw score kept."""
 
     scores_new_lists = True
 
@@ -101,12 +101,15 @@ class CrossEncoderMember:
         return _model_folder(self._workspace, self.spec)
 
     @cached_property
-    def reranker(self) -> CrossEncoder:
-        """Load the cross-encoder."""
+    def reranker(self) -> PairScorer:
+        """Load the model."""
         from retrieval_kd.teachers.cross_encoder import CrossEncoder
+        from retrieval_kd.teachers.late_interaction import LateInteraction
 
-        spec = self.spec
-        return CrossEncoder.load(str(self.folder), spec.max_length, spec.template, spec.activation)
+        spec, folder = self.spec, str(self.folder)
+        if spec.kind == "cross_encoder":
+            return CrossEncoder.load(folder, spec.max_length, spec.template, spec.activation)
+        return LateInteraction.load(folder, spec.max_length, spec.query_prefix, spec.document_prefix)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -114,7 +117,7 @@ class CrossEncoderMember:
         return fingerprint([self.reranker.fingerprint, self.spec.activation])
 
     def scores(self, lists: Sequence[Shortlist], queries: Mapping[str, str]) -> list[Scores]:
-        """Return the activated logits; only pairs that no earlier stage has scored are scored."""
+        """Return the activated raw scores; only pairs that no earlier stage has scored are scored."""
         from retrieval_kd.scores.normalise import activate
 
         return [

@@ -17,6 +17,7 @@ from retrieval_kd.stages.members import Member, PairwiseMember, open_member
 if TYPE_CHECKING:
     from retrieval_kd.scores.preferences import Preferences
     from retrieval_kd.stages.workspace import Workspace
+    from retrieval_kd.teachers.late_interaction import LateInteraction
 
 
 class Teaching:
@@ -75,3 +76,19 @@ class Teaching:
             if isinstance(member, PairwiseMember):
                 return member.preferences(lists)
         raise RecipeError("teacher: no member compares documents; name one of kind pairwise")
+
+    @property
+    def late_interaction(self) -> LateInteraction:
+        """Return the late-interaction member's model, which can score any batch as it comes.
+
+        Raises:
+            RecipeError: no member is one.
+        """
+        from retrieval_kd.teachers.late_interaction import LateInteraction
+
+        for member in self.members:
+            if member.spec.kind == "late_interaction":
+                model = member.reranker
+                assert isinstance(model, LateInteraction)
+                return model
+        raise RecipeError("teacher: no member is a late-interaction model; name one of kind late_interaction")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +58,7 @@ class TrainingStage:
 
         infos = [LOSSES[loss.name] for loss in self.spec.losses if loss.teacher == "scores"]
         reads = any(info.kind in ("scores", "in_batch") and "teacher" in info.needs for info in infos)
-        return reads or self._compares or self.spec.selection.kind == "disagreement"
+        return reads or self._compares or self._scores_batches or self.spec.selection.kind == "disagreement"
 
     @cached_property
     def _compares(self) -> bool:
@@ -66,6 +66,22 @@ class TrainingStage:
         from retrieval_kd.losses.registry import LOSSES
 
         return any(LOSSES[loss.name].kind == "pairs" for loss in self.spec.losses)
+
+    @property
+    def _scores_batches(self) -> bool:
+        """Return whether a loss reads a late-interaction teacher's scores of whole batches."""
+        return any(loss.teacher == "late_interaction" for loss in self.spec.losses)
+
+    def _maxsim(self) -> Callable[[Sequence[str], Sequence[str]], torch.Tensor]:
+        """Return what scores the queries of a batch against its documents."""
+        ranker = self.teacher.late_interaction
+        queries, collection = self._workspace.training_queries, self._workspace.collection
+
+        def score(query_ids: Sequence[str], doc_ids: Sequence[str]) -> torch.Tensor:
+            texts = collection.contents(doc_ids)
+            return ranker.matrix([queries[query_id] for query_id in query_ids], [texts[doc_id] for doc_id in doc_ids])
+
+        return score
 
     @cached_property
     def mined(self) -> Artifact:
@@ -176,6 +192,7 @@ class TrainingStage:
             qrels=workspace.collection.qrels("train"),
             query_targets=workspace.query_vectors.vectors[rows],
             preferences=self.teacher.preferences(self.lists) if self._compares else None,
+            maxsim=self._maxsim() if self._scores_batches else None,
         )
 
         def documents(device: torch.device) -> DocumentTower:

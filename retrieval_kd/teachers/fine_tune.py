@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from retrieval_kd.artifacts import Artifact, Spec, build, file_sha256, fingerprint
 from retrieval_kd.collections.base import Collection
 from retrieval_kd.encoders.base import load_tokenizer
-from retrieval_kd.encoders.layout import MODULES, read_layout
+from retrieval_kd.encoders.layout import body_folder
 from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.encoders.torch_encoder import BATCH_TOKENS, WEIGHTS, quiet_transformers
 from retrieval_kd.errors import ArtifactError, RecipeError
@@ -69,7 +69,7 @@ def fine_tune_ranker(
     """
     used = lists[: spec.queries or None]
     texts = ListTexts(collection, used, spec.negatives)
-    start = _body_folder(spec.start)
+    start = body_folder(resolve_model(spec.start))
     identity = Spec(
         STAGE,
         config={"kind": kind, "fine_tune": asdict(spec), "max_length": max_length, "template": template},
@@ -178,11 +178,6 @@ def pairwise_loss(scores: Tensor, lengths: Sequence[int]) -> Tensor:
     positive_first = (torch.arange(len(scores), device=scores.device) + 1).remainder(2).to(scores.dtype)
     losses = F.binary_cross_entropy_with_logits(scores, positive_first, reduction="none")
     return torch.stack([part.mean() for part in torch.split(losses, list(lengths))]).sum()
-
-
-def _body_folder(name: str) -> Path:
-    folder = resolve_model(name)
-    return read_layout(folder).body if (folder / MODULES).is_file() else folder
 
 
 def _new_ranker(folder: Path, max_length: int, seed: int) -> nn.Module:

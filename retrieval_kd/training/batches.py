@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +29,8 @@ class TrainingSet:
         preferences: One float32 ``[documents, documents]`` array a list: entry (i, j) is the probability, by a
             pairwise teacher, that document i is more relevant than j; NaN where it was not asked, on the diagonal
             too. None without such a teacher.
+        maxsim: From query ids and document ids to a late-interaction teacher's scores of each query for each document,
+            float ``[B, C]``; None when no loss asks for them.
     """
 
     lists: Sequence[CandidateList]
@@ -37,6 +39,7 @@ class TrainingSet:
     qrels: Qrels
     query_targets: Vectors
     preferences: Sequence[npt.NDArray[np.float32]] | None = None
+    maxsim: Callable[[Sequence[str], Sequence[str]], Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together."""

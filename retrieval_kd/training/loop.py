@@ -318,6 +318,7 @@ class _Run:
             document_targets=vectors.detach() if targets is None else targets.to(vectors),
             documents_live=targets is not None,
             teacher=batch.teacher if self.joint is None else self._live_scores(self.joint, batch, passes),
+            maxsim=None if self.data.maxsim is None else self.data.maxsim(batch.query_ids, batch.doc_ids).to(vectors),
             previous=previous,
             stacks=stacks,
             teacher_stacks=teacher_stacks,

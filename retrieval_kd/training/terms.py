@@ -21,7 +21,7 @@ from retrieval_kd.losses.state import LossState
 from retrieval_kd.recipes.schema import LossSpec
 from retrieval_kd.training.batches import Batch
 
-Teacher = Literal["scores", "encoder"]
+Teacher = Literal["scores", "encoder", "late_interaction"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,7 @@ class Step:
         document_targets: float ``[C, t]``, its documents.
         documents_live: Whether documents are to be moved to their targets.
         teacher: float ``[B, L]``, the recipe's teacher's scores of the lists; with gradients where it trains along.
+        maxsim: float ``[B, C]``, a late-interaction teacher's scores of every query for every document.
         previous: Queries ``[B, d]`` and documents ``[C, d]`` by a frozen copy of the student as the stage began.
         stacks: The student's queries ``[B, K, w]`` and documents ``[C, K, w]`` by layer.
         teacher_stacks: The same by the teacher's layers matched with them.
@@ -50,6 +51,7 @@ class Step:
     document_targets: Tensor
     documents_live: bool
     teacher: Tensor | None = None
+    maxsim: Tensor | None = None
     previous: tuple[Tensor, Tensor] | None = None
     stacks: tuple[Tensor, Tensor] | None = None
     teacher_stacks: tuple[Tensor, Tensor] | None = None
@@ -109,6 +111,8 @@ class Step:
     def in_batch_teacher(self, teacher: Teacher) -> tuple[Tensor | None, Tensor]:
         """Return a teacher's scores ``[B, C]``, and where they are known."""
         listed = self.listed()
+        if teacher == "late_interaction":
+            return self.maxsim, torch.ones_like(listed)
         if teacher == "encoder":
             return self.query_targets @ self.document_targets.T, torch.ones_like(listed)
         if self.teacher is None:
@@ -125,7 +129,7 @@ class Step:
 
 
 def _score_inputs(step: Step, teacher: Teacher) -> ScoreInputs:
-    in_batch = step.in_batch_teacher("encoder")[0] if teacher == "encoder" else None
+    in_batch = None if teacher == "scores" else step.in_batch_teacher(teacher)[0]
     return ScoreInputs(
         student=step.lists(step.scores()),
         mask=step.batch.mask,

@@ -148,3 +148,25 @@ def test_a_student_learns_from_preferences(tiny: Path) -> None:
     rows = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
     values = [row["loss"] for row in rows if row["event"] == "train"]
     assert sum(values[-4:]) < sum(values[:4])
+
+
+def test_a_late_interaction_member_scores_lists_and_batches(tiny: Path) -> None:
+    """Without it TCT's recipe would learn from the lists alone, or from the scores of another query's documents."""
+    members = f"members: [{{kind: late_interaction, model: {tiny / 'tiny-encoder'}, max_length: 32}}]"
+    overrides = [item for item in tiny_overrides(tiny, "symmetric") if not item.startswith("teacher=")]
+    losses = "losses=[{name: tct, teacher: late_interaction}]"
+    recipe = load_recipe("margin_mse", [*overrides, f"teacher={{normalise: none, {members}}}", losses])
+    stage = Workspace(recipe, tiny / "artifacts").last
+    item, scores = stage.candidates[3], stage.teacher_scores[3]
+    matrix = stage._maxsim()([stage.candidates[0].query_id, item.query_id], item.doc_ids)
+    np.testing.assert_allclose(matrix[1], scores, atol=1e-4)
+    rows = [json.loads(line) for line in (stage.folder / "metrics.jsonl").read_text().splitlines()]
+    values = [row["loss"] for row in rows if row["event"] == "train"]
+    assert sum(values[-4:]) < sum(values[:4])
+
+
+def test_a_live_loss_needs_its_teacher() -> None:
+    """Without it a recipe would train for a step and then fail on a tensor that is not there."""
+    recipe = load_recipe("margin_mse", ["losses=[{name: tct, teacher: late_interaction}]"])
+    with pytest.raises(RecipeError, match="tct learn from a late-interaction model; name one in teacher"):
+        _ = recipe.training
