@@ -149,6 +149,18 @@ def test_ranking_for_mining_goes_on_with_the_first_missing_shard(
     assert resumed == Workspace(recipe, tmp_path / "whole").last.candidates
 
 
+def test_dev_searches_the_same_documents_whatever_mines(tiny: Path, tmp_path: Path) -> None:
+    """Without it a run over train alone would leave dev with nothing but right answers, and any student would win."""
+    common = tiny_overrides(tiny, "symmetric")
+    usual = workspace(tiny, *common)
+    (tmp_path / "empty.trec").touch()
+    given = workspace(tiny, *common, f"candidates.sources=[{{kind: run, path: {tmp_path / 'empty.trec'}}}]")
+    assert given.dev_set.pool == usual.dev_set.pool
+    assert len(given.dev_set.pool) > 2 * len(given.dev_set.queries)
+    with pytest.raises(DataError, match=r"no list for 48 training queries \(48 no negative in the pool\); widen"):
+        _ = given.last.candidates
+
+
 def test_a_named_encoder_is_a_source(tiny: Path, tmp_path: Path) -> None:
     """Without it only the encoder that is distilled could mine, and its blind spots would stay."""
     other = tiny_encoder_folder(tmp_path / "other", seed=7)

@@ -54,6 +54,11 @@ class MiningReport:
         """Remember scores under a name."""
         self.scores.setdefault(whose, array("f")).extend(scores.tolist())
 
+    @property
+    def left_out(self) -> str:
+        """Return why queries have no list, with numbers, in words."""
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain values, scores by their quantiles."""
         return {

@@ -16,6 +16,7 @@ from retrieval_kd.collections.beir import write_beir
 from retrieval_kd.collections.python_docs import PythonDocs, installed_versions
 from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
+from retrieval_kd.errors import DataError
 from retrieval_kd.mining.bm25 import VARIANT, BM25Index
 from retrieval_kd.mining.candidates import LISTS, CandidateList, read_candidates, write_candidates
 from retrieval_kd.mining.dense import dense_run
@@ -203,6 +204,9 @@ class Workspace:
             label: What the lists are for.
             teacher: Scores the pools, where ``candidates.needs_scores``.
             limit: Mine for this many queries, chosen by a hash of their ids; for all when 0.
+
+        Raises:
+            DataError: no query got a list; says why.
         """
         sources = self.first_stages(candidates, student)
         inputs = {
@@ -223,6 +227,11 @@ class Workspace:
                 self.collection, runs, candidates, self.recipe.seed, report, scorer, queries=wanted
             )
             write_candidates(target / LISTS, lists)
+            if not report.lists:
+                raise DataError(
+                    f"{self.collection.name}: mining made no list for {report.queries} training queries "
+                    f"({report.left_out}); widen candidates.window or filter, or name other sources"
+                )
             return report.to_json()
 
         return build(folder, stage, work)
@@ -306,7 +315,7 @@ class Workspace:
 
     @cached_property
     def dev_set(self) -> DevSet:
-        """Return the dev queries with what they search; the same for every stage, so that curves compare."""
+        """Return the dev queries with what they search: the same for every stage and source, so that curves compare."""
         from retrieval_kd.training.dev import DevSet
 
         queries, qrels = self.dev
@@ -315,7 +324,8 @@ class Workspace:
         chosen = _some_queries(queries, DEV_POOL_QUERIES)
         judged = {query_id: qrels[query_id] for query_id in chosen}
         pool = {doc_id for grades in judged.values() for doc_id in grades}
-        for source in self.first_stages(self.recipe.candidates, self._untrained):
+        usual = dataclasses.replace(self.recipe.candidates, sources=CandidatesSpec().sources)
+        for source in self.first_stages(usual, self._untrained):
             run = source.run
             pool.update(
                 doc_id for query_id in chosen if query_id in run for doc_id in run[query_id].doc_ids[:DEV_POOL_DEPTH]
