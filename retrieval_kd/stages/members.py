@@ -14,8 +14,8 @@ import numpy as np
 
 from retrieval_kd.artifacts import MANIFEST, Artifact, Spec, canonical_json, fingerprint
 from retrieval_kd.encoders.resolve import resolve_model
-from retrieval_kd.errors import ArtifactError, DataError, RecipeError
-from retrieval_kd.recipes.schema import EncoderSpec, MemberSpec
+from retrieval_kd.errors import ArtifactError, DataError
+from retrieval_kd.recipes.schema import CompressSpec, EncoderSpec, MemberSpec
 from retrieval_kd.runs import Scores, Shortlist
 
 if TYPE_CHECKING:
@@ -64,13 +64,7 @@ class Member(Protocol):
 
 
 def open_member(workspace: Workspace, spec: MemberSpec) -> Member:
-    """Prepare a member.
-
-    Raises:
-        RecipeError: no stage makes such a member yet.
-    """
-    if spec.compress:
-        raise RecipeError(f"teacher.members ({spec.kind}): no stage makes it yet; use another kind, without compress")
+    """Prepare a member."""
     if spec.kind in ("cross_encoder", "late_interaction"):
         return TextMember(workspace, spec)
     if spec.kind == "pairwise":
@@ -283,9 +277,52 @@ class FileMember:
 
 
 def _model_folder(workspace: Workspace, spec: MemberSpec) -> Path:
-    """Return the folder of the model that a member names, or fine-tune one."""
-    if spec.fine_tune is None:
-        return resolve_model(spec.model)
+    """Return the folder of the model that a member names or has fine-tuned, made smaller if it says so."""
+    folder = resolve_model(spec.model) if spec.fine_tune is None else _fine_tuned(workspace, spec)
+    return folder if spec.compress is None else _compressed(workspace, spec, spec.compress, folder)
+
+
+def _compressed(workspace: Workspace, member: MemberSpec, spec: CompressSpec, larger: Path) -> Path:
+    from retrieval_kd.teachers.compress import STAGE, compress_stage, model_hash
+
+    lists = workspace.lists_for_teacher(spec)
+    start: Path | None = None
+    for number, stage in enumerate(spec.stages):
+        identity_of_stage = Spec(
+            STAGE,
+            config={
+                "compress": dataclasses.asdict(spec),
+                "number": number,
+                "max_length": member.max_length,
+                "template": member.template,
+            },
+            inputs={
+                "larger": model_hash(larger),
+                "collection": workspace.collection.fingerprint,
+                "lists": identity(lists),
+            },
+            seed=workspace.recipe.seed,
+        )
+        folder = workspace.folder(identity_of_stage, f"make the cross-encoder smaller: {stage.target}")
+        compress_stage(
+            workspace.collection,
+            lists,
+            larger,
+            spec,
+            number,
+            member.max_length,
+            workspace.recipe.seed,
+            folder,
+            member.template,
+            start,
+        )
+        start = folder
+    assert start is not None
+    return start
+
+
+def _fine_tuned(workspace: Workspace, spec: MemberSpec) -> Path:
+    assert spec.fine_tune is not None
     assert spec.kind == "cross_encoder" or spec.kind == "pairwise"
     from retrieval_kd.teachers.fine_tune import STAGE, fine_tune_ranker
 

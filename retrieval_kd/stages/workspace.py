@@ -26,6 +26,7 @@ from retrieval_kd.recipes.schema import (
     DEMO_COLLECTION,
     CandidatesSpec,
     CollectionSpec,
+    CompressSpec,
     EncoderSpec,
     FineTuneSpec,
     Recipe,
@@ -240,8 +241,8 @@ class Workspace:
         """Read the lists of a mining or selecting stage."""
         return read_candidates(mined.path / LISTS)
 
-    def lists_for_teacher(self, spec: FineTuneSpec) -> list[CandidateList]:
-        """Mine what a cross-encoder is fine-tuned on: the recipe's own candidates, before any teacher can filter."""
+    def lists_for_teacher(self, spec: FineTuneSpec | CompressSpec) -> list[CandidateList]:
+        """Mine what a teacher is made with: the recipe's own candidates, before any teacher can filter."""
         own = self.recipe.candidates
         strategy = "random" if own.strategy == "stratified" else own.strategy
         candidates = dataclasses.replace(own, negatives=spec.negatives, strategy=strategy, filter=None)

@@ -76,7 +76,7 @@ def _transformer(start: TorchEncoder, spec: StudentSpec, card: EncoderCard) -> T
     if isinstance(start.body, StaticBody):
         raise RecipeError(f"student.kind: encoder {start.card.name!r} has no layers to keep; use static")
     body = copy.deepcopy(start.body)
-    _keep_layers(body, spec.layers)
+    keep_layers(body, spec.layers, "student.layers")
     _set_dropout(body, spec.dropout)
     width = width_of(body)
     projection = copy.deepcopy(start.projection)
@@ -103,25 +103,33 @@ def _static(start: TorchEncoder, card: EncoderCard) -> TorchEncoder:
     return TorchEncoder(body, None, files, card)
 
 
-def _keep_layers(body: nn.Module, layers: tuple[int, ...]) -> None:
+def keep_layers(body: nn.Module, layers: tuple[int, ...], key: str) -> None:
+    """Keep some of a transformer's layers, in place.
+
+    Args:
+        body: The transformer.
+        layers: The layers kept, 0-based, increasing.
+        key: The recipe's key that an error names.
+
+    Raises:
+        RecipeError: a layer that ``body`` does not have.
+    """
     config = cast("Any", body.config)
-    stack = _layers(body, config.num_hidden_layers)
+    stack = _layers(body, config.num_hidden_layers, key)
     if layers[-1] >= len(stack):
-        raise RecipeError(
-            f"student.layers: no layer {layers[-1]}, the encoder has {len(stack)} layers, 0 to {len(stack) - 1}"
-        )
+        raise RecipeError(f"{key}: no layer {layers[-1]}, the model has {len(stack)} layers, 0 to {len(stack) - 1}")
     kept = [stack[number] for number in layers]
     del stack[:]
     stack.extend(kept)
     config.num_hidden_layers = len(kept)
 
 
-def _layers(body: nn.Module, count: int) -> nn.ModuleList:
+def _layers(body: nn.Module, count: int, key: str) -> nn.ModuleList:
     """Find the stack of layers, whatever a family of transformers calls it."""
     for module in body.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise RecipeError(f"student.layers: {type(body).__name__} has no list of {count} layers to choose from")
+    raise RecipeError(f"{key}: {type(body).__name__} has no list of {count} layers to choose from")
 
 
 def _set_dropout(body: nn.Module, rate: float) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_overrides
 
+from retrieval_kd.artifacts import Artifact
 from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.recipes.loader import load_recipe
 from retrieval_kd.runs import Scores
@@ -170,3 +171,20 @@ def test_a_live_loss_needs_its_teacher() -> None:
     recipe = load_recipe("margin_mse", ["losses=[{name: tct, teacher: late_interaction}]"])
     with pytest.raises(RecipeError, match="tct learn from a late-interaction model; name one in teacher"):
         _ = recipe.training
+
+
+def test_a_member_can_be_a_smaller_cross_encoder(tiny: Path) -> None:
+    """Without it the larger model would score on, however small a teacher the recipe asks for."""
+    start = f"fine_tune: {{start: {tiny / 'tiny-encoder'}, batch_queries: 8}}"
+    compress = (
+        "compress: {layers: [1], stages: [{target: hidden, batch_queries: 8}, {target: logits, batch_queries: 8}]}"
+    )
+    large = workspace_with(tiny, f"{{max_length: 48, {start}}}").last.teacher.members[0]
+    stage = workspace_with(tiny, f"{{max_length: 48, {start}, {compress}}}").last
+    small = stage.teacher.members[0]
+    assert small.reranker.parameters < large.reranker.parameters
+    assert small.fingerprint != large.fingerprint
+    made = [Artifact.load(path) for path in (tiny / "artifacts").glob("compress-*")]
+    assert sorted(artifact.config["stage"]["target"] for artifact in made) == ["hidden", "logits"]
+    assert small.folder in [artifact.path for artifact in made if artifact.config["stage"]["target"] == "logits"]
+    assert all(np.isfinite(scores).all() for scores in stage.teacher_scores)

@@ -72,7 +72,7 @@ def test_student_and_start_share_nothing() -> None:
 def test_layer_beyond_the_start_is_named() -> None:
     """An IndexError does not say which recipe key is wrong."""
     start = tiny_encoder()
-    with pytest.raises(RecipeError, match=r"student.layers: no layer 5, the encoder has 2 layers, 0 to 1"):
+    with pytest.raises(RecipeError, match=r"student.layers: no layer 5, the model has 2 layers, 0 to 1"):
         build_student(start, StudentSpec(layers=(0, 5)), start.card)
 
 

@@ -87,13 +87,12 @@ def make_model(tmp_path: Path) -> ModelMaker:
             family,
             vocab_size=64,
             hidden_size=16,
-            num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=32,
             hidden_dim=32,
             max_position_embeddings=64,
             num_labels=max(1, labels),
-            **{"pad_token_id": 0, "initializer_range": 0.5, **options},
+            **{"num_hidden_layers": 2, "pad_token_id": 0, "initializer_range": 0.5, **options},
         )
         folder = tmp_path / name
         with torch.random.fork_rng():
