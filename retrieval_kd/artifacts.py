@@ -42,6 +42,11 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def bytes_sha256(content: bytes) -> str:
+    """Return the sha256 (hex) of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """Return the sha256 (hex) of a file's bytes, read in blocks."""
     with path.open("rb") as file:

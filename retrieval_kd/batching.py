@@ -37,7 +37,7 @@ def length_sorted_batches(
 
 
 def equal_length_batches(
-    lengths: Sequence[int] | npt.NDArray[np.integer], max_tokens: int
+    lengths: Sequence[int] | npt.NDArray[np.integer], max_tokens: int, max_rows: int | None = None
 ) -> Iterator[npt.NDArray[np.int64]]:
     """Split positions into batches of exactly one length under a token budget, longest first.
 
@@ -46,6 +46,7 @@ def equal_length_batches(
     Args:
         lengths: Token count of each text.
         max_tokens: Upper bound of rows times length; a longer text forms a batch of its own.
+        max_rows: Upper bound of rows; none when None.
 
     Yields:
         int64 positions into ``lengths``; together each position exactly once.
@@ -55,6 +56,7 @@ def equal_length_batches(
     for group in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
         if len(group):
             rows = max(1, max_tokens // max(1, int(sizes[group[0]])))
+            rows = rows if max_rows is None else min(rows, max_rows)
             yield from (group[start : start + rows] for start in range(0, len(group), rows))
 
 

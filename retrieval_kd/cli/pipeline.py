@@ -159,7 +159,7 @@ def _evaluate(workspace: Workspace, folder: Path, command: str) -> None:
     )
     start = measured(_over_index(workspace, workspace.undistilled, f"layer cut, undistilled ({mode})", "start"))
     offline = measured(_over_index(workspace, student, f"{recipe.name} student ({mode})", "student"))
-    with serving(_store(workspace), workspace.last.export) as target, RetrievalClient(target) as client:
+    with serving(_store(workspace), workspace.last.served_export) as target, RetrievalClient(target) as client:
         served = measured(
             ServerSystem(f"{recipe.name} student ({mode}), gRPC", client, workspace.collection, student.card.parameters)
         )
@@ -297,7 +297,7 @@ def _links(workspace: Workspace) -> dict[str, Path]:
     """Return what a run's folder links to, by the link's name."""
     links = {
         INDEX: _store(workspace),
-        ENCODER: workspace.last.export,
+        ENCODER: workspace.last.served_export,
         STUDENT: workspace.last.folder,
         DOCUMENT_ENCODER: workspace.encoder_export,
     }

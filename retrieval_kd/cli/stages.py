@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from retrieval_kd.cli.common import ARTIFACTS, Artifacts, AsJson, Overrides, RecipeName, emit, open_workspace
 
@@ -58,13 +60,20 @@ def train(
 
 
 def export(
-    recipe: RecipeName, overrides: Overrides = None, artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, int8-dynamic, int8-static or fp16; the recipe's when left out.")
+    ] = "",
+    artifacts: Artifacts = ARTIFACTS,
+    as_json: AsJson = False,
 ) -> None:
-    """Export the student, and its teacher if that is a cross-encoder; nothing that differs from torch is published."""
+    """Export the student, and its teacher if that is a cross-encoder; what fails its gate is not published."""
     from retrieval_kd.artifacts import Artifact
 
-    stage = open_workspace(recipe, overrides, artifacts).last
-    exported = {"encoder": str(stage.export), **Artifact.load(stage.export).summary}
+    chosen = [f"export.precision={precision}"] if precision else []
+    stage = open_workspace(recipe, [*(overrides or ()), *chosen], artifacts).last
+    exported = {"encoder": str(stage.served_export), **Artifact.load(stage.served_export).summary}
     if stage.reranker_export is not None:
         exported["reranker"] = {"folder": str(stage.reranker_export), **Artifact.load(stage.reranker_export).summary}
     emit(exported, as_json)

@@ -20,10 +20,35 @@ CARD = "card.json"
 Role = Literal["symmetric", "query", "document"]
 Side = Literal["query", "document"]
 Pooling = Literal["mean", "cls"]
-Precision = Literal["fp32"]
+Precision = Literal["fp32", "int8-dynamic", "int8-static", "fp16"]
 
 # Fields that say something about an encoder without changing any vector.
-_DESCRIPTIVE = frozenset({"name", "role", "space", "layers", "parameters"})
+_DESCRIPTIVE = frozenset({"name", "role", "space", "layers", "parameters", "fidelity"})
+# What stands in the file for readers and follows from the fields.
+_DERIVED = frozenset({"fingerprint", "space_fingerprint", "max_batch"})
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near an encoder of lower precision comes to its fp32 origin on dev.
+
+    Attributes:
+        cosine_min: Least cosine of a text's two vectors.
+        cosine_p1: First percentile of the cosines.
+        cosine_p50: Their median.
+        ndcg_reference: nDCG@10 at fp32.
+        ndcg: nDCG@10 at this precision, over the same documents.
+        texts: Texts compared.
+        queries: Queries ranked.
+    """
+
+    cosine_min: float
+    cosine_p1: float
+    cosine_p50: float
+    ndcg_reference: float
+    ndcg: float
+    texts: int
+    queries: int
 
 
 @dataclass(frozen=True)
@@ -43,10 +68,11 @@ class EncoderCard:
         document_prefix: Text put before every document.
         similarity: How two vectors are compared.
         tokenizer_hash: sha256 of ``tokenizer.json``.
-        weights_hash: sha256 over the weights, names and shapes included.
-        precision: Arithmetic of the weights.
+        weights_hash: sha256 over the weights, names and shapes included; below fp32 over the graph.
+        precision: Arithmetic of the products with weights.
         role: ``symmetric`` encodes both sides; ``query`` and ``document`` one side only.
         space: Fingerprint of the encoder whose space the vectors lie in; its own when empty.
+        fidelity: What a precision below fp32 costs; None at fp32.
     """
 
     name: str
@@ -65,6 +91,7 @@ class EncoderCard:
     precision: Precision = "fp32"
     role: Role = "symmetric"
     space: str = ""
+    fidelity: Fidelity | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no encoder can have."""
@@ -93,6 +120,15 @@ class EncoderCard:
     def dimension(self) -> int:
         """Return the full vector width."""
         return self.dimensions[0]
+
+    @property
+    def max_batch(self) -> int | None:
+        """Return how many texts one call may hold.
+
+        Dynamic int8 takes the scale of an activation from all texts of a call (microsoft/onnxruntime#10111), so a
+        text has one vector only if it is alone.
+        """
+        return 1 if self.precision == "int8-dynamic" else None
 
     def prefix(self, side: Side) -> str:
         """Return the text put before a query or a document.
@@ -133,12 +169,13 @@ class EncoderCard:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields and the two fingerprints derived from them."""
+        """Return the fields, and for readers the two fingerprints and the batch that follow from them."""
         return {
             **asdict(self),
             "dimensions": list(self.dimensions),
             "fingerprint": self.fingerprint,
             "space_fingerprint": self.space_fingerprint,
+            "max_batch": self.max_batch,
         }
 
     @classmethod
@@ -150,12 +187,19 @@ class EncoderCard:
                 not fit (the card was edited by hand); names the file.
         """
         known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in raw.items() if key not in ("fingerprint", "space_fingerprint")}
+        values = {key: value for key, value in raw.items() if key not in _DERIVED}
         for key in values:
             if key not in known:
                 raise ArtifactError(f"{where}: unknown field {key!r}{did_you_mean(key, known)}")
         try:
-            card = cls(**{**values, "dimensions": tuple(values["dimensions"])})
+            fidelity = values.get("fidelity")
+            card = cls(
+                **{
+                    **values,
+                    "dimensions": tuple(values["dimensions"]),
+                    "fidelity": None if fidelity is None else Fidelity(**fidelity),
+                }
+            )
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{where}: not an encoder card ({error}); export the encoder again") from None
         if raw.get("fingerprint") != card.fingerprint:

@@ -2,7 +2,8 @@
 
 A text's vector is the same bits alone and in any batch. Batches hold texts of exactly one length, so
 nothing is padded, and the exported graph has no operator whose order of summation depends on the number
-of rows (see :mod:`retrieval_kd.encoders.torch_encoder`).
+of rows (see :mod:`retrieval_kd.encoders.torch_encoder`). Where the card allows one text a call, each goes
+alone. fp16 runs on a GPU, whose kernels depend on the batch: it alone promises no bits.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ MODEL = "model.onnx"
 INPUTS = ("input_ids", "attention_mask")
 OUTPUT = "sentence_embedding"
 BATCH_TOKENS = 1024
+CPU = "CPUExecutionProvider"
+GPU = "CUDAExecutionProvider"
 _ERRORS_ONLY = 3
 
 
@@ -51,12 +54,20 @@ class OnnxEncoder:
             threads: Threads of one call; one for each core when None.
 
         Raises:
-            ArtifactError: not such a folder, a file whose bytes differ from the manifest, or a graph
-                that onnxruntime cannot run; names the file.
+            ArtifactError: not such a folder, a file whose bytes differ from the manifest, a graph that
+                onnxruntime cannot run, or one of a precision this machine has no device for; names the file.
         """
         Artifact.load(folder, STAGE).verify()
         card = EncoderCard.load(folder)
-        return cls(open_session(folder / MODEL, threads), TextTokenizer.load(folder, card), card)
+        provider = CPU
+        if card.precision == "fp16":
+            provider = GPU
+            if GPU not in onnxruntime.get_available_providers():
+                raise ArtifactError(
+                    f"{folder}: fp16 is for a GPU and onnxruntime has none here; install retrieval-kd[gpu] on a "
+                    "machine with one, or export fp32"
+                )
+        return cls(open_session(folder / MODEL, threads, provider), TextTokenizer.load(folder, card), card)
 
     def encode(self, texts: Sequence[str], side: Side, on_rows: Callable[[int], object] | None = None) -> Vectors:
         """Return float32 ``[len(texts), card.dimension]``, rows in the order of ``texts``.
@@ -78,7 +89,7 @@ class OnnxEncoder:
     def run(self, rows: Sequence[Sequence[int]], on_rows: Callable[[int], object] | None = None) -> Vectors:
         """Return float32 ``[len(rows), card.dimension]``, a row's bits not depending on its company."""
         vectors = np.empty((len(rows), self._card.dimension), dtype=np.float32)
-        for batch in equal_length_batches([len(row) for row in rows], BATCH_TOKENS):
+        for batch in equal_length_batches([len(row) for row in rows], BATCH_TOKENS, self._card.max_batch):
             feed = dict(zip(INPUTS, pad([rows[i] for i in batch]), strict=True))
             vectors[batch] = self._session.run([OUTPUT], feed)[0]
             if on_rows is not None:
@@ -86,12 +97,13 @@ class OnnxEncoder:
         return vectors
 
 
-def open_session(model: Path | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """Open an ONNX graph on the CPU.
+def open_session(model: Path | bytes, threads: int | None = None, provider: str = CPU) -> onnxruntime.InferenceSession:
+    """Open an ONNX graph.
 
     Args:
         model: The graph's file or bytes.
         threads: Threads of one call; one for each core when None.
+        provider: Where onnxruntime runs it.
 
     Raises:
         ArtifactError: onnxruntime cannot run the graph.
@@ -106,7 +118,7 @@ def open_session(model: Path | bytes, threads: int | None = None) -> onnxruntime
     options.enable_cpu_mem_arena = False
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=[provider])
     except Exception as error:  # noqa: BLE001  onnxruntime's errors share no base of their own
         where = "the exported graph" if isinstance(model, bytes) else str(model)
         reason = " ".join(str(error).split())

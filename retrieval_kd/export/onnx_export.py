@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,49 +16,65 @@ from retrieval_kd.encoders.static import StaticBody
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.export.graph import OPSET, fuse, trace
 from retrieval_kd.export.parity import Parity, Probes, measure_parity
+from retrieval_kd.export.precision import lowered
 from retrieval_kd.recipes.schema import ExportSpec
 
 __all__ = ["Parity", "Probes", "export_encoder"]
 
 
-def export_encoder(encoder: TorchEncoder, folder: Path, gate: ExportSpec, probes: Probes) -> Artifact:
+def export_encoder(
+    encoder: TorchEncoder, folder: Path, gate: ExportSpec, probes: Probes, calibration: Sequence[str] = ()
+) -> Artifact:
     """Write an encoder as an ONNX artifact that reproduces it.
 
     The artifact has ``model.onnx`` (int64 ``input_ids`` and ``attention_mask`` ``[B, L]`` to float32
     ``sentence_embedding`` ``[B, d]``), ``tokenizer.json`` and ``card.json``; its summary has the
-    measured parity.
+    measured parity, or below fp32 the fidelity, which the card has too.
 
     Args:
         encoder: The encoder; it is not changed.
         folder: Where the artifact goes.
-        gate: How far the export may be from torch.
+        gate: The precision, and how far the export may be from torch.
         probes: Real texts to compare on.
+        calibration: Other texts, on which ``int8-static`` measures the ranges of activations.
 
     Raises:
         ParityError: the export is outside the gate; no artifact is left.
         DataError: the probes have no text that the encoder encodes.
+        RecipeError: the encoder has no such precision.
     """
     card = encoder.refresh_card()
     spec = Spec(
         stage=STAGE,
         config={**dataclasses.asdict(gate), "opset": OPSET},
-        inputs={"encoder": fingerprint(card.to_json()), "probes": probes.fingerprint},
+        inputs={
+            "encoder": fingerprint(card.to_json()),
+            "probes": probes.fingerprint,
+            "calibration": fingerprint(list(calibration)),
+        },
     )
 
     def work(target: Path) -> Mapping[str, Any]:
-        model, parity = _reproducing(encoder, gate, probes)
+        plain = trace(encoder, INPUTS, OUTPUT)
+        if gate.precision == "fp32":
+            model, parity = _reproducing(plain, encoder, gate, probes)
+            written, measured = card, dataclasses.asdict(parity)
+        else:
+            model, written = lowered(plain, encoder, gate, probes, calibration)
+            measured = dataclasses.asdict(written)["fidelity"]
         for name, content in ((MODEL, model), (TOKENIZER, encoder.tokenizer_files[TOKENIZER])):
             with atomic_write(target / name, "wb") as file:
                 file.write(content)
-        card.save(target)
-        return dataclasses.asdict(parity)
+        written.save(target)
+        return measured
 
     return build(folder, spec, work)
 
 
-def _reproducing(encoder: TorchEncoder, gate: ExportSpec, probes: Probes) -> tuple[bytes, Parity]:
+def _reproducing(
+    plain: onnx.ModelProto, encoder: TorchEncoder, gate: ExportSpec, probes: Probes
+) -> tuple[bytes, Parity]:
     """Return the fused graph if it passes the gate, else the plain one, else raise :class:`ParityError`."""
-    plain = trace(encoder, INPUTS, OUTPUT)
     if not isinstance(encoder.body, StaticBody):
         fused = fuse(plain, cast("Any", encoder.body.config))
         parity = _measure(fused, encoder, probes)

@@ -111,13 +111,7 @@ def measure_parity(reference: Encoder, exported: Encoder, probes: Probes) -> Par
         DataError: the probes have no text that the encoder encodes.
     """
     card = reference.card
-    sides: dict[Side, Mapping[str, str]] = {}
-    if probes.queries and card.role != "document":
-        sides["query"] = probes.queries
-    if probes.documents and card.role != "query":
-        sides["document"] = probes.documents
-    if not sides:
-        raise DataError(f"export of {card.name!r}: no text to compare with torch; give probes of the {card.role} side")
+    sides = probe_texts(probes, card)
     before = {side: reference.encode(list(texts.values()), side) for side, texts in sides.items()}
     after = {side: exported.encode(list(texts.values()), side) for side, texts in sides.items()}
     errors = [
@@ -128,8 +122,8 @@ def measure_parity(reference: Encoder, exported: Encoder, probes: Probes) -> Par
     max_abs_error, worst = max(errors, key=lambda pair: (np.isnan(pair[0]), pair[0]))
     # NaN cannot be ranked, and the error alone refuses it.
     finite = np.isfinite(max_abs_error)
-    old = _ranked(before, probes, card) if finite else {}
-    new = _ranked(after, probes, card) if finite else {}
+    old = ranked(before, probes, card) if finite else {}
+    new = ranked(after, probes, card) if finite else {}
     return Parity(
         max_abs_error=max_abs_error,
         worst=worst,
@@ -141,7 +135,24 @@ def measure_parity(reference: Encoder, exported: Encoder, probes: Probes) -> Par
     )
 
 
-def _ranked(vectors: Mapping[Side, Vectors], probes: Probes, card: EncoderCard) -> Run:
+def probe_texts(probes: Probes, card: EncoderCard) -> dict[Side, Mapping[str, str]]:
+    """Return the probes of each side that an encoder encodes.
+
+    Raises:
+        DataError: there are none.
+    """
+    sides: dict[Side, Mapping[str, str]] = {}
+    if probes.queries and card.role != "document":
+        sides["query"] = probes.queries
+    if probes.documents and card.role != "query":
+        sides["document"] = probes.documents
+    if not sides:
+        raise DataError(f"export of {card.name!r}: no text to compare with torch; give probes of the {card.role} side")
+    return sides
+
+
+def ranked(vectors: Mapping[Side, Vectors], probes: Probes, card: EncoderCard) -> Run:
+    """Rank the probes' corpus, or their own documents, for each query; nothing where either is missing."""
     corpus = probes.corpus
     if corpus is None and "document" in vectors:
         corpus = _in_memory(list(probes.documents), vectors["document"], card)

@@ -255,15 +255,29 @@ class TrainingStage:
 
     @cached_property
     def export(self) -> Path:
-        """Export the trained student through the parity gate and return the ONNX encoder's folder."""
+        """Export the trained student at fp32 through the parity gate and return the ONNX encoder's folder."""
         from retrieval_kd.encoders.torch_encoder import TorchEncoder
 
         return self._workspace.export(TorchEncoder.open(self.folder))
 
     @cached_property
     def encoder(self) -> OnnxEncoder:
-        """Open the exported student."""
+        """Open the student exported at fp32, which mines, selects and encodes documents."""
         return OnnxEncoder.load(self.export)
+
+    @cached_property
+    def served_export(self) -> Path:
+        """Export the trained student at the recipe's precision and return the folder that a server opens."""
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+        if self._workspace.recipe.export.precision == "fp32":
+            return self.export
+        return self._workspace.export_lowered(TorchEncoder.open(self.folder), self.encoder)
+
+    @cached_property
+    def served(self) -> OnnxEncoder:
+        """Open the student that answers queries."""
+        return OnnxEncoder.load(self.served_export)
 
     @property
     def _of_stage(self) -> str:

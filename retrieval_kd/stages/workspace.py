@@ -28,6 +28,7 @@ from retrieval_kd.recipes.schema import (
     CollectionSpec,
     CompressSpec,
     EncoderSpec,
+    ExportSpec,
     FineTuneSpec,
     Recipe,
     SourceSpec,
@@ -50,6 +51,7 @@ DEV_POOL_QUERIES = 100
 DEV_POOL_DEPTH = 10
 PROBE_QUERIES = 200
 PROBE_DOCUMENTS = 100
+CALIBRATION_QUERIES = 256
 Announce = Callable[[str], None]
 Retrieve = Callable[[Mapping[str, str]], Run]
 
@@ -126,6 +128,9 @@ class Workspace:
         """Return the corpus in an encoder's space: its own vectors, or those of the encoder it was distilled into."""
         if encoder.card.space_fingerprint == self.encoder.card.space_fingerprint:
             return self.corpus
+        if encoder.card.role == "query":
+            # A student of lower precision searches what its fp32 self has encoded.
+            return self.encoded_by(self.last.encoder)
         return self.encoded_by(encoder)
 
     def first_stages(self, candidates: CandidatesSpec, student: Callable[[str], OnnxEncoder]) -> list[FirstStage]:
@@ -335,8 +340,8 @@ class Workspace:
 
     @property
     def student(self) -> OnnxEncoder:
-        """Open the exported student of the last stage."""
-        return self.last.encoder
+        """Open the exported student of the last stage, at the recipe's precision."""
+        return self.last.served
 
     @cached_property
     def undistilled(self) -> OnnxEncoder:
@@ -350,18 +355,28 @@ class Workspace:
         return OnnxEncoder.load(self.export(TorchEncoder.load(spec)))
 
     def export(self, encoder: TorchEncoder) -> Path:
-        """Export an encoder through the parity gate and return the ONNX encoder's folder."""
+        """Export an encoder at fp32 through the parity gate and return the ONNX encoder's folder."""
+        gate = dataclasses.replace(self.recipe.export, precision="fp32")
+        # A query encoder has no document side of its own: its rankings are over the vectors it will search.
+        return self._export(encoder, gate, self._probes(self.corpus if encoder.card.role == "query" else None))
+
+    def export_lowered(self, encoder: TorchEncoder, exported: OnnxEncoder) -> Path:
+        """Export an encoder at the recipe's precision, measured on all of dev against its fp32 export."""
+        probes = self._probes(self.documents_for(exported), limit=0)
+        calibration = tuple(_some_queries(self.training_queries, CALIBRATION_QUERIES).values())
+        return self._export(encoder, self.recipe.export, probes, calibration)
+
+    def _export(self, encoder: TorchEncoder, gate: ExportSpec, probes: Probes, calibration: Sequence[str] = ()) -> Path:
         from retrieval_kd.export.onnx_export import export_encoder
 
         card = encoder.card
         spec = Spec(
             "export",
-            config={**dataclasses.asdict(self.recipe.export), "card": card.to_json()},
+            config={**dataclasses.asdict(gate), "card": card.to_json()},
             inputs={"collection": self.collection.fingerprint},
         )
-        folder = self.folder(spec, f"export {card.name} to ONNX and compare it with torch")
-        # A query encoder has no document side of its own: its rankings are over the vectors it will search.
-        export_encoder(encoder, folder, self.recipe.export, self._probes(self.corpus if card.role == "query" else None))
+        folder = self.folder(spec, f"export {card.name} to ONNX at {gate.precision} and compare it with torch")
+        export_encoder(encoder, folder, gate, probes, calibration)
         return folder
 
     def export_reranker(self, member: Member) -> Path:
@@ -379,12 +394,12 @@ class Workspace:
         export_reranker(member.folder, spec.max_length, spec.template, pairs, folder)
         return folder
 
-    def _probes(self, corpus: EncodedCorpus | None) -> Probes:
-        """Take the dev queries and the documents they need, so that the gate sees ranking on real text."""
+    def _probes(self, corpus: EncodedCorpus | None, limit: int = PROBE_QUERIES) -> Probes:
+        """Take dev queries and the documents they need, so that the gate sees ranking on real text."""
         from retrieval_kd.export.onnx_export import Probes
 
         queries, qrels = self.dev
-        chosen = _some_queries(queries, PROBE_QUERIES)
+        chosen = _some_queries(queries, limit)
         judged = {query_id: qrels[query_id] for query_id in chosen}
         wanted = dict.fromkeys(doc_id for grades in judged.values() for doc_id in grades)
         documents = self.collection.contents(list(wanted)[:PROBE_DOCUMENTS])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_overrides
 
-from retrieval_kd.encoders.card import EncoderCard
+from retrieval_kd.encoders.card import EncoderCard, require_same_space
 from retrieval_kd.recipes.loader import load_recipe
 from retrieval_kd.stages import Workspace
 
@@ -36,3 +36,19 @@ def test_student_is_cut_once(tiny: Path) -> None:
     assert first is not second
     assert first.card == second.card
     assert [sentence for sentence in said if "cut" in sentence] == ["cut the student out of tiny-encoder"]
+
+
+@pytest.mark.parametrize("mode", ["asymmetric", "symmetric"])
+def test_precision_of_the_recipe_answers_queries_over_fp32_documents(tiny: Path, mode: str) -> None:
+    """Without it a query encoder of int8 would be asked for documents, or served beside another space."""
+    overrides = [*tiny_overrides(tiny, mode), "export={precision: int8-dynamic, max_ndcg_loss: 0.5}"]
+    workspace = Workspace(load_recipe("leaf", overrides), tiny / "artifacts")
+    card = workspace.student.card
+    assert (card.precision, card.role, card.max_batch) == ("int8-dynamic", "query", 1)
+    assert card.fidelity is not None
+    # All of dev, and not the probes of the fp32 gate alone.
+    assert card.fidelity.queries == 12
+    assert workspace.last.encoder.card.precision == "fp32"
+    documents = workspace.documents_for(workspace.student)
+    require_same_space(card, documents.card)
+    assert documents.card.precision == "fp32"
