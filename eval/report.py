@@ -38,6 +38,7 @@ def write_report(
     training: Mapping[str, Path] | None = None,
     provenance: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    agreements: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write ``report.json``, ``report.html``, ``runs/<system>.trec`` and ``per_query/<system>.tsv``.
@@ -55,6 +56,7 @@ def write_report(
         provenance: What the reader needs to do it again: command, recipe, hashes. Versions and
             hardware are added.
         notes: Sentences shown under the table, such as a teacher weaker than the document encoder.
+        agreements: How students agree with their teacher, see :func:`eval.fidelity.agreement_entry`.
         seed: Seed of the significance tests.
 
     Returns:
@@ -80,6 +82,7 @@ def write_report(
             asdict(row) for measure in measures if baseline for row in compare(evaluations, baseline, measure, seed)
         ],
         "notes": list(notes),
+        "agreements": [dict(entry) for entry in agreements],
         "training": {name: read_curves(path) for name, path in (training or {}).items()},
         "provenance": {**(provenance or {}), "versions": versions(), "hardware": hardware()},
     }

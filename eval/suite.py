@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.dense import DenseSystem
+from eval.fidelity import agreement_entry, cosines, fidelity, require_retrieval
 from eval.measures import parse_measure
 from eval.opening import Opener
 from eval.report import write_report
 from eval.results import SystemResult
 from eval.shape import Passages, Shape, matches_itself
+from eval.significance import compare
 from eval.specs import SystemSpec, in_order
-from eval.systems import judge
+from eval.systems import System, judge
 from retrieval_kd.artifacts import write_json
 from retrieval_kd.collections import beir, msmarco
 from retrieval_kd.collections.base import Collection, split_queries
 from retrieval_kd.collections.irds import PREFIX
 from retrieval_kd.collections.open import open_collection
-from retrieval_kd.errors import DataError
+from retrieval_kd.errors import DataError, did_you_mean
 from retrieval_kd.recipes.schema import CollectionSpec
 from retrieval_kd.runs import Run
 
@@ -44,6 +47,8 @@ class Setup:
         timed: Queries timed on each system; 0 times none.
         seed: Seed of intervals and tests.
         baseline: Reference of the system the others are tested against; the first when empty.
+        teacher: Reference of the system whose rankings the others should give; none when empty.
+        max_loss: With a teacher, the largest loss of the first measure that passes; anything passes when None.
     """
 
     split: str = "test"
@@ -55,6 +60,8 @@ class Setup:
     timed: int = 100
     seed: int = 0
     baseline: str = ""
+    teacher: str = ""
+    max_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,12 @@ def _measure(
     remove_self = matches_itself(collection.name) if setup.remove_self is None else setup.remove_self
     shape = Shape(remove_self, setup.maxp)
     searched: Collection = Passages(collection) if setup.maxp else collection
+    for role, reference in (("baseline", setup.baseline), ("teacher", setup.teacher)):
+        if reference and reference not in {spec.reference for spec in specs}:
+            known = [spec.reference for spec in specs]
+            raise DataError(f"{role} {reference!r} is not among the systems{did_you_mean(reference, known)}")
     runs: dict[str, tuple[str, Run]] = {}
+    systems: dict[str, System] = {}
     results: list[SystemResult] = []
     depth = shape.search_depth(setup.depth)
     for spec in specs:
@@ -207,14 +219,14 @@ def _measure(
         system = opener.open(spec, searched, collection, qrels, runs)
         run = system.run(queries, depth)
         runs[spec.reference] = (system.name, run)
+        systems[spec.reference] = system
         results.append(
             judge(system, shape(run, setup.depth), queries, qrels, setup.measures, setup.depth, setup.seed, setup.timed)
         )
     names = {spec.reference: result.name for spec, result in zip(specs, results, strict=True)}
-    if setup.baseline and setup.baseline not in names:
-        raise DataError(f"baseline {setup.baseline!r} is not among the systems {', '.join(names)}; name one of them")
-    baseline = names.get(setup.baseline, results[0].name) if len(results) > 1 else None
-    return write_report(
+    reference = setup.baseline or setup.teacher
+    baseline = names.get(reference, results[0].name) if len(results) > 1 else None
+    written = write_report(
         out,
         collection=collection.name,
         split=setup.split,
@@ -230,8 +242,34 @@ def _measure(
             },
         },
         notes=_notes(shape),
+        agreements=_agreements(systems, runs, setup.teacher, queries) if setup.teacher else (),
         seed=setup.seed,
     )
+    if setup.teacher and setup.max_loss is not None:
+        evaluations = {result.name: result.evaluation for result in results}
+        for comparison in compare(evaluations, names[setup.teacher], setup.measures[0], setup.seed):
+            require_retrieval(comparison, setup.max_loss)
+    return written
+
+
+def _agreements(
+    systems: Mapping[str, System], runs: Mapping[str, tuple[str, Run]], teacher: str, queries: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Compare every system's rankings, and vectors where they share a space, with the teacher's."""
+    name, wanted = runs[teacher]
+    original = systems[teacher]
+    entries = []
+    for reference, (student, run) in runs.items():
+        if reference == teacher:
+            continue
+        near, copy = None, systems[reference]
+        if isinstance(original, DenseSystem) and isinstance(copy, DenseSystem):
+            cards = original.encoder.card, copy.encoder.card
+            if cards[0].space_fingerprint == cards[1].space_fingerprint:
+                texts = list(queries.values())
+                near = cosines(copy.encoder.encode(texts, "query"), original.encoder.encode(texts, "query"))
+        entries.append(agreement_entry(student, name, fidelity(run, wanted), near))
+    return entries
 
 
 def _require_depth(spec: SystemSpec, depth: int) -> None:

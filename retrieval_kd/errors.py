@@ -8,6 +8,7 @@ Every message is one line: what is wrong, where (file, line or id), what to do.
     ├── ArtifactError    a stage's folder is missing, torn, or made by something else
     ├── EncoderMismatch  two encoders do not share a vector space
     ├── ParityError      an exported model does not reproduce the model it came from
+    ├── QualityError     a system retrieves worse than its gate allows
     └── ServeError       the server cannot start or a client call failed
 """
 
@@ -39,6 +40,10 @@ class EncoderMismatch(RkdError):
 
 class ParityError(RkdError):
     """An exported model does not reproduce the model it came from."""
+
+
+class QualityError(RkdError):
+    """A system retrieves worse than its gate allows."""
 
 
 class ServeError(RkdError):

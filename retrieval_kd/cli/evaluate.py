@@ -49,6 +49,11 @@ RunFile = Annotated[list[Path] | None, typer.Option("--run", help="Short for --s
 Depth = Annotated[int, typer.Option(min=1, help="Documents retrieved for each query.")]
 Measures = Annotated[list[str] | None, typer.Option("--measure", help="An ir_measures name, such as nDCG@10.")]
 Baseline = Annotated[str, typer.Option(help="NAME of the system the others are tested against; else the first.")]
+Teacher = Annotated[str, typer.Option(help="NAME of the system whose rankings the others should give.")]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(min=0, help="Fail if a system may lose more of the first measure against --teacher than this."),
+]
 Distractors = Annotated[
     list[str] | None, typer.Option("--distractors", help="Documents of this collection join the corpus unjudged.")
 ]
@@ -78,6 +83,8 @@ def beir(
     depth: Depth = 100,
     measure: Measures = None,
     baseline: Baseline = "",
+    teacher: Teacher = "",
+    max_loss: MaxLoss = None,
     distractors: Distractors = None,
     remove_self: RemoveSelf = None,
     timed: Timed = 100,
@@ -97,6 +104,8 @@ def beir(
         remove_self=remove_self,
         timed=timed,
         baseline=baseline,
+        teacher=teacher,
+        max_loss=max_loss,
     )
     _suite(collections, specs, setup, artifacts, out, as_json)
 
@@ -117,6 +126,8 @@ def msmarco(
     depth: Depth = 1000,
     measure: Measures = None,
     baseline: Baseline = "",
+    teacher: Teacher = "",
+    max_loss: MaxLoss = None,
     distractors: Distractors = None,
     maxp: Maxp = False,
     timed: Timed = 100,
@@ -138,6 +149,8 @@ def msmarco(
         maxp=maxp,
         timed=timed,
         baseline=baseline,
+        teacher=teacher,
+        max_loss=max_loss,
     )
     _suite(collections, specs, setup, artifacts, out, as_json)
 

@@ -59,6 +59,7 @@ def test_every_system_has_its_cost_beside_its_quality(tiny: Path, tmp_path: Path
     load = Load(calls=12, warmup=2, depth=10, cores=(core,))
     collection = str(tiny / "tiny-collection")
     report = bench(collection, "test", specs, load, ["nDCG@10"], tmp_path / "cache", tmp_path / "out", "rkd eval bench")
+    report = json.loads(json.dumps(report))
     assert report == json.loads((tmp_path / "out/report.json").read_text())
     bm25, dense = report["systems"]
     assert set(bm25["cost"]["stages"]) == {"total"}
@@ -66,10 +67,9 @@ def test_every_system_has_its_cost_beside_its_quality(tiny: Path, tmp_path: Path
     for entry in (bm25, dense):
         cost = entry["cost"]
         assert cost["cores"] == [core]
-        assert cost["stages"]["total"]["calls"] == 12
-        assert (
-            cost["stages"]["total"]["p50_ms"] <= cost["stages"]["total"]["p99_ms"] <= cost["stages"]["total"]["max_ms"]
-        )
+        total = cost["stages"]["total"]
+        assert total["calls"] == 12
+        assert total["p50_ms"] <= total["p95_ms"] <= total["p99_ms"] <= total["max_ms"]
         assert cost["queries_per_s"] > 0
         assert cost["build_s"] > 0
         assert 0 < cost["memory_bytes"] <= cost["peak_bytes"]
@@ -85,10 +85,9 @@ def test_every_system_has_its_cost_beside_its_quality(tiny: Path, tmp_path: Path
 
 def test_a_failing_process_says_why(tiny: Path, tmp_path: Path) -> None:
     """An exit status alone sends a person to read code."""
-    specs = [SystemSpec("model", str(tmp_path))]
-    with pytest.raises(DataError, match=r"bench of model:.*no modules\.json") as error:
-        bench(
-            str(tiny / "tiny-collection"), "test", specs, Load(calls=1), ["RR@10"], tmp_path / "c", tmp_path / "o", ""
-        )
+    specs = [SystemSpec("run", "nowhere.trec")]
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"bench of run:nowhere\.trec: nowhere\.trec: cannot read") as error:
+        bench(str(tiny / "tiny-collection"), "test", specs, Load(calls=1), ["RR@10"], tmp_path / "cache", out, "")
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "o").exists()
+    assert not out.exists()

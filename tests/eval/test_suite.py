@@ -17,7 +17,7 @@ from eval.suite import Set, Setup, expand, run_suite, summarise
 from retrieval_kd.collections.open import open_collection
 from retrieval_kd.encoders.matryoshka import TruncatedEncoder
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
-from retrieval_kd.errors import DataError, EncoderMismatch
+from retrieval_kd.errors import DataError, EncoderMismatch, QualityError
 from retrieval_kd.recipes.schema import CollectionSpec
 from retrieval_kd.runs import read_trec
 
@@ -142,6 +142,26 @@ def test_the_mean_over_sets_weighs_sets_and_groups_alike(tiny: Path, second: Pat
     assert read_trec(out / "one" / "runs" / "bm25-lucene-k1-0.9-b-0.4.trec")
     with pytest.raises(DataError, match="other systems or measures"):
         summarise([reports[0], {**reports[1], "measures": ["AP"]}])
+
+
+def test_students_are_compared_with_their_teacher(tiny: Path, tmp_path: Path) -> None:
+    """Agreement must be of the teacher named, cosines only where vectors share a space, and the gate must stop."""
+    model = tiny / "tiny-encoder"
+    systems = ("bm25", f"t=model:{model}", f"copy=pair:{model},documents={model}", f"small=model:{model},dim=4")
+    setup = Setup(timed=0, teacher="t")
+    (report,) = _run(tiny, tmp_path / "out", [tiny / "tiny-collection"], *systems, setup=setup)
+    entries = {entry["student"]: entry for entry in report["agreements"]}
+    assert set(entries) == {"BM25 (lucene, k1 0.9, b 0.4)", "copy", "small"}
+    assert report["baseline"] == "t"
+    assert entries["copy"]["cosines"]["p1"] == pytest.approx(1)
+    assert (entries["copy"]["top1"], entries["copy"]["overlap"]) == (1.0, 1.0)
+    assert entries["small"]["cosines"] is None
+    assert entries["small"]["overlap"] < 1
+    strict = Setup(timed=0, teacher="t", max_loss=0.001)
+    _run(tiny, tmp_path / "same", [tiny / "tiny-collection"], *systems[1:3], setup=strict)
+    with pytest.raises(QualityError, match=r"'small' may lose more than 0\.001"):
+        _run(tiny, tmp_path / "gate", [tiny / "tiny-collection"], systems[1], systems[3], setup=strict)
+    assert (tmp_path / "gate" / "report.json").exists()
 
 
 def test_self_matches_and_passages_reach_the_notes(tiny: Path, tmp_path: Path) -> None:
