@@ -12,6 +12,11 @@ def quality(value: float) -> str:
     return f"{value:.3f}"
 
 
+def optional(value: float | None) -> str:
+    """Return a measure with three decimals, a dash where there is none."""
+    return NOT_APPLICABLE if value is None else quality(value)
+
+
 def interval(bounds: Sequence[float]) -> str:
     """Return an interval, such as ``0.860–0.884``."""
     return f"{quality(bounds[0])}–{quality(bounds[1])}"

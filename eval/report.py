@@ -39,6 +39,7 @@ def write_report(
     provenance: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
     agreements: Sequence[Mapping[str, Any]] = (),
+    reference: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """Write ``report.json``, ``report.html``, ``runs/<system>.trec`` and ``per_query/<system>.tsv``.
@@ -57,6 +58,7 @@ def write_report(
             hardware are added.
         notes: Sentences shown under the table, such as a teacher weaker than the document encoder.
         agreements: How students agree with their teacher, see :func:`eval.fidelity.agreement_entry`.
+        reference: Published figures, see :func:`eval.reference.reference_rows`.
         seed: Seed of the significance tests.
 
     Returns:
@@ -82,6 +84,7 @@ def write_report(
             asdict(row) for measure in measures if baseline for row in compare(evaluations, baseline, measure, seed)
         ],
         "notes": list(notes),
+        "reference": [dict(row) for row in reference],
         "agreements": [dict(entry) for entry in agreements],
         "training": {name: read_curves(path) for name, path in (training or {}).items()},
         "provenance": {**(provenance or {}), "versions": versions(), "hardware": hardware()},

@@ -14,6 +14,7 @@ from eval.dense import DenseSystem
 from eval.fidelity import agreement_entry, cosines, fidelity, require_retrieval
 from eval.measures import parse_measure
 from eval.opening import Opener
+from eval.reference import reference_means, reference_rows
 from eval.report import write_report
 from eval.results import SystemResult
 from eval.shape import Passages, Shape, matches_itself
@@ -47,6 +48,7 @@ class Setup:
         timed: Queries timed on each system; 0 times none.
         seed: Seed of intervals and tests.
         baseline: Reference of the system the others are tested against; the first when empty.
+        reference: Show published figures of the same collection and split beside the measured ones.
         teacher: Reference of the system whose rankings the others should give; none when empty.
         max_loss: With a teacher, the largest loss of the first measure that passes; anything passes when None.
     """
@@ -60,6 +62,7 @@ class Setup:
     timed: int = 100
     seed: int = 0
     baseline: str = ""
+    reference: bool = False
     teacher: str = ""
     max_loss: float | None = None
 
@@ -189,6 +192,7 @@ def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for group, parts in groups.items()
         ],
         "systems": rows,
+        "reference": reference_means(reports),
     }
 
 
@@ -224,8 +228,7 @@ def _measure(
             judge(system, shape(run, setup.depth), queries, qrels, setup.measures, setup.depth, setup.seed, setup.timed)
         )
     names = {spec.reference: result.name for spec, result in zip(specs, results, strict=True)}
-    reference = setup.baseline or setup.teacher
-    baseline = names.get(reference, results[0].name) if len(results) > 1 else None
+    baseline = names.get(setup.baseline or setup.teacher, results[0].name) if len(results) > 1 else None
     written = write_report(
         out,
         collection=collection.name,
@@ -242,6 +245,7 @@ def _measure(
             },
         },
         notes=_notes(shape),
+        reference=reference_rows(collection.name, setup.split, setup.measures) if setup.reference else (),
         agreements=_agreements(systems, runs, setup.teacher, queries) if setup.teacher else (),
         seed=setup.seed,
     )

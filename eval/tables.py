@@ -16,7 +16,29 @@ _NO_FOLDING = 1000
 def format_report(report: Report) -> str:
     """Return a report as plain text: the table, what was averaged, and the notes."""
     notes = "".join(f"\n- {note}" for note in report["notes"])
-    return f"{_table(report['systems'], report['measures'])}\n{caption(report)}{notes}"
+    parts = [f"{_table(report['systems'], report['measures'])}\n{caption(report)}{notes}"]
+    if report.get("agreements"):
+        parts.append(_agreements(report["agreements"]))
+    if report.get("reference"):
+        rows = [[row["system"], row["measure"], f"{row['value']:.4g}", row["source"]] for row in report["reference"]]
+        parts.append(plain_table(["published, not measured here", "measure", "figure", "source"], rows))
+    return "\n\n".join(parts)
+
+
+def _agreements(entries: Sequence[Report]) -> str:
+    headings = [
+        f"against {entries[0]['teacher']}", "same first", f"overlap@{entries[0]['depth']}", "Kendall tau",
+        "correlation", "divergence", "cosine p1", "cosine p50",
+    ]  # fmt: skip
+    rows = [
+        [
+            entry["student"],
+            *(formats.quality(entry[key]) for key in ("top1", "overlap", "kendall_tau", "correlation", "divergence")),
+            *(formats.quality(entry["cosines"][key]) if entry["cosines"] else "–" for key in ("p1", "p50")),
+        ]
+        for entry in entries
+    ]
+    return plain_table(headings, rows)
 
 
 def format_table(systems: Sequence[SystemResult]) -> str:
@@ -71,7 +93,7 @@ def markdown_table(report: Report) -> str:
 
 def format_costs(report: Report) -> str:
     """Return what a bench measured as plain text: latency by stage, then throughput, processor time and memory."""
-    benched = [row for row in report["systems"] if row["cost"]]
+    benched = [row for row in report["systems"] if row.get("cost")]
     timed = [(row["name"], stage, times) for row in benched for stage, times in row["cost"]["stages"].items()]
     for row in benched:
         load = row["cost"]["open_loop"]
@@ -119,6 +141,15 @@ def format_summary(summary: Report) -> str:
                 formats.quality(row["mean"][measure]),
             ]
             for row in summary["systems"]
+        ]
+        rows += [
+            [
+                f"{row['system']} (published)",
+                *(formats.optional(row["sets"][measure].get(name)) for name in sets),
+                formats.optional(row["mean"][measure]),
+            ]
+            for row in summary.get("reference", ())
+            if measure in row["mean"]
         ]
         parts.append(plain_table(headings, rows))
     return "\n\n".join([*parts, summary_caption(summary)])

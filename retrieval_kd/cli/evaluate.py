@@ -49,6 +49,7 @@ RunFile = Annotated[list[Path] | None, typer.Option("--run", help="Short for --s
 Depth = Annotated[int, typer.Option(min=1, help="Documents retrieved for each query.")]
 Measures = Annotated[list[str] | None, typer.Option("--measure", help="An ir_measures name, such as nDCG@10.")]
 Baseline = Annotated[str, typer.Option(help="NAME of the system the others are tested against; else the first.")]
+Reference = Annotated[bool, typer.Option("--reference", help="Show published figures of the same collection.")]
 Teacher = Annotated[str, typer.Option(help="NAME of the system whose rankings the others should give.")]
 MaxLoss = Annotated[
     float | None,
@@ -83,6 +84,7 @@ def beir(
     depth: Depth = 100,
     measure: Measures = None,
     baseline: Baseline = "",
+    reference: Reference = False,
     teacher: Teacher = "",
     max_loss: MaxLoss = None,
     distractors: Distractors = None,
@@ -104,6 +106,7 @@ def beir(
         remove_self=remove_self,
         timed=timed,
         baseline=baseline,
+        reference=reference,
         teacher=teacher,
         max_loss=max_loss,
     )
@@ -126,6 +129,7 @@ def msmarco(
     depth: Depth = 1000,
     measure: Measures = None,
     baseline: Baseline = "",
+    reference: Reference = False,
     teacher: Teacher = "",
     max_loss: MaxLoss = None,
     distractors: Distractors = None,
@@ -149,6 +153,7 @@ def msmarco(
         maxp=maxp,
         timed=timed,
         baseline=baseline,
+        reference=reference,
         teacher=teacher,
         max_loss=max_loss,
     )
