@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from retrieval_kd.stages import Workspace
@@ -20,6 +21,17 @@ Overrides = Annotated[
 Artifacts = Annotated[Path, typer.Option("--artifacts", help="Where stages keep their results, shared between runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ARTIFACTS = Path("runs/artifacts")
+
+
+class WithDefault(TyperGroup):
+    """A verb with sub-verbs that also takes a recipe by itself: what names no sub-verb is the default's."""
+
+    DEFAULT = "recipe"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the default sub-verb in front of arguments that name none."""
+        named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named else [self.DEFAULT, *args])
 
 
 def announce(sentence: str) -> None:

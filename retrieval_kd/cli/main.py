@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from retrieval_kd import __version__
-from retrieval_kd.cli import demo, evaluate, index, recipes, run, search, serve, stages
+from retrieval_kd.cli import demo, evaluate, index, recipes, run, score, search, serve, stages
 from retrieval_kd.errors import RkdError
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("mine")(stages.mine)
 app.command("teach")(stages.teach)
-app.command("score")(stages.score)
+app.add_typer(score.app, name="score")
 app.command("train")(stages.train)
 app.command("export")(stages.export)
 app.add_typer(index.app, name="index")

@@ -1,4 +1,4 @@
-"""``rkd mine | teach | score | train | export``: one stage each, and what it needs before it."""
+"""``rkd mine | teach | train | export``: one stage each, and what it needs before it."""
 
 from __future__ import annotations
 
@@ -32,19 +32,6 @@ def teach(
         return {title: str(member.folder) for title, member in zip(teacher.titles, teacher.members, strict=True)}
 
     _emit_stages(open_workspace(recipe, overrides, artifacts), made, as_json)
-
-
-def score(
-    recipe: RecipeName, overrides: Overrides = None, artifacts: Artifacts = ARTIFACTS, as_json: AsJson = False
-) -> None:
-    """Score each stage's candidates with its teacher; report spread, ties and a temperature that suits them."""
-    from retrieval_kd.scores.inspect import inspect
-
-    def inspected(stage: TrainingStage) -> Mapping[str, Any]:
-        return inspect(stage.teacher.scores(stage.candidates, workspace.training_queries)).to_json()
-
-    workspace = open_workspace(recipe, overrides, artifacts)
-    _emit_stages(workspace, inspected, as_json)
 
 
 def train(

@@ -22,13 +22,14 @@ _TSV_COLUMNS = 3
 _LOGARITHMS = PREFERENCES.set(3, pa.field("logp", pa.float32(), nullable=False))
 
 
-def read_scores(path: Path) -> ScoreStore:
+def read_scores(path: Path, *, finite: bool = True) -> ScoreStore:
     """Read a teacher's scores, as they are; ties of a run stay ties.
 
     Args:
         path: A score store's folder; a Parquet file with the columns ``query_id``, ``doc_id`` and ``score``; a TREC
             run (six columns: query Q0 document rank score tag); or a TSV file (three columns: query, document,
             score, with or without a line of names).
+        finite: Refuse scores that are not; a report on them wants to count them.
 
     Raises:
         ArtifactError: a folder that is not a whole store.
@@ -36,9 +37,9 @@ def read_scores(path: Path) -> ScoreStore:
             file, and line or pair.
     """
     if path.is_dir():
-        return ScoreStore.open(path)
+        return ScoreStore.open(path, finite=finite)
     if path.suffix == ".parquet":
-        return ScoreStore(path, file_sha256(path), _parquet(path, SCHEMA), lambda _: str(path))
+        return ScoreStore(path, file_sha256(path), _parquet(path, SCHEMA), lambda _: str(path), finite=finite)
     queries, documents, scores = [], [], []
     for _, query_id, doc_id, score in _text_rows(path):
         queries.append(query_id)
@@ -53,6 +54,7 @@ def read_scores(path: Path) -> ScoreStore:
         file_sha256(path),
         pa.table(columns, schema=SCHEMA),
         lambda row: next(islice(_text_rows(path), row, None))[0].where,
+        finite=finite,
     )
 
 

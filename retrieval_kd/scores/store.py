@@ -67,7 +67,9 @@ class ScoreStore:
         fingerprint: Identity of the scores.
     """
 
-    def __init__(self, path: Path, fingerprint: str, table: pa.Table, where: Callable[[int], str]) -> None:
+    def __init__(
+        self, path: Path, fingerprint: str, table: pa.Table, where: Callable[[int], str], *, finite: bool = True
+    ) -> None:
         """Index a table of :data:`SCHEMA`; :meth:`open` and :func:`retrieval_kd.scores.files.read_scores` make one.
 
         Args:
@@ -75,6 +77,7 @@ class ScoreStore:
             fingerprint: Identity of the scores.
             table: The pairs.
             where: From a row of the table to the place that an error names.
+            finite: Refuse scores that are not; a report on them wants to count them.
 
         Raises:
             DataError: a score is not finite or a pair occurs twice; names query, document and place.
@@ -82,7 +85,7 @@ class ScoreStore:
         self.path = path
         self.fingerprint = fingerprint
         scores = table["score"].to_numpy()
-        bad = np.flatnonzero(~np.isfinite(scores))
+        bad = np.flatnonzero(finite & ~np.isfinite(scores))
         if len(bad):
             raise DataError(_not_finite(where(int(bad[0])), table, int(bad[0])))
         query_codes, self._query_ids = encode_ids(table["query_id"])
@@ -106,8 +109,12 @@ class ScoreStore:
         return len(self._keys)
 
     @classmethod
-    def open(cls, folder: Path) -> ScoreStore:
+    def open(cls, folder: Path, *, finite: bool = True) -> ScoreStore:
         """Read a finished store and check every file's hash and every pair.
+
+        Args:
+            folder: Where it lies.
+            finite: Refuse scores that are not.
 
         Raises:
             ArtifactError: the folder is not a whole store.
@@ -123,6 +130,7 @@ class ScoreStore:
             artifact.fingerprint,
             pa.concat_tables(shards) if shards else SCHEMA.empty_table(),
             lambda row: str(paths[int(np.searchsorted(ends, row, side="right"))]),
+            finite=finite,
         )
 
     def lists(self) -> Iterator[tuple[Shortlist, Scores]]:
