@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import faiss as typed
 import numpy as np
+import numpy.typing as npt
 
 from index.filters import Mask
 
 faiss: Any = typed
 
 
-def selector(mask: Mask) -> Any:
-    """Return what lets faiss see only the rows whose bit is set."""
-    return faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
+class Selection:
+    """Rows that may be ranked, and what faiss needs to see only those."""
+
+    def __init__(self, mask: Mask) -> None:
+        """Take bool ``[count]``, which is not changed afterwards."""
+        self.mask = mask
+
+    @cached_property
+    def count(self) -> int:
+        """Return how many rows are selected."""
+        return int(np.count_nonzero(self.mask))
+
+    @cached_property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Return the selected rows, ascending."""
+        return np.flatnonzero(self.mask)
+
+    @cached_property
+    def selector(self) -> Any:
+        """Return the rows as faiss takes them."""
+        return faiss.IDSelectorBitmap(np.packbits(self.mask, bitorder="little"))

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from index.documents import document_fields, field_types, write_documents
+from index.changes import Changes
+from index.documents import field_types, write_documents
 from index.ids import IDS, write_ids
 from index.kinds import resolved, write_ann
 from index.manifest import IndexContent, IndexManifest, check_files
+from index.merge import NO_UPDATE, MergedCorpus
 from index.probes import PROBE_COUNT, PROBES, evenly_spaced
 from index.search import Opened, make_probes
 from index.store import IndexStore, hold
 from index.tune import EXACT_BELOW, Considered, choose, sampled, tune
-from index.vectors import write_stored
+from index.updates import FOLDED, UpdateLog
+from index.vectors import BLOCK_ROWS, write_stored
 from retrieval_kd.collections.base import Collection
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
@@ -25,8 +28,6 @@ from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import DataError, did_you_mean
 from retrieval_kd.recipes.schema import IndexSpec
-
-_BLOCK_ROWS = 4096
 
 
 def build_index(
@@ -38,8 +39,11 @@ def build_index(
     queries: EncodedCorpus | None = None,
     collection: Collection | None = None,
     fields: Sequence[str] = (),
+    discard_updates: bool = False,
 ) -> Path:
     """Build an index version and make it the store's current one; do nothing if it is there already.
+
+    What was upserted or deleted in the store since its first build is folded in, and goes before what the corpus has.
 
     Args:
         corpus: The documents' vectors.
@@ -51,6 +55,7 @@ def build_index(
             which test the version as well but say nothing of its recall.
         collection: The documents themselves; needed with ``fields``.
         fields: Names of what is stored with each document: ``title``, ``text``, or keys of its metadata.
+        discard_updates: Leave the store's updates out, because the corpus has them already.
 
     Returns:
         The folder of the version.
@@ -58,7 +63,7 @@ def build_index(
     Raises:
         EncoderMismatch: queries would not lie in the documents' space.
         DataError: no documents, a vector that is not finite, a dimension the encoder does not have, a field that no
-            document has, or too few documents for the kind; names what.
+            document has, too few documents for the kind, or updates by another encoder; names what.
         ArtifactError: the store cannot be written; what was published stays.
     """
     card = corpus.card
@@ -76,7 +81,13 @@ def build_index(
         sizes = ", ".join(map(str, known))
         raise DataError(f"index.dimension: encoder {card.name!r} has no {spec.dimension}; it has {sizes}")
     _require_finite(corpus)
-    shape = (len(corpus.ids), spec.dimension or card.dimension)
+    changes = Changes.of(store)
+    update = NO_UPDATE if discard_updates else changes.since_first(card)
+    merged = MergedCorpus(corpus, update)
+    if not merged.ids:
+        raise DataError(f"{store}: the updates delete every document; delete fewer, or discard the updates")
+    shape = (len(merged.ids), spec.dimension or card.dimension)
+    encoding, texts = merged.fingerprints()
     content = IndexContent(
         requested=spec,
         index=spec,
@@ -85,34 +96,40 @@ def build_index(
         largest_norm=0.0,
         document_encoder=card,
         query_encoder="" if query_card is None else query_card.fingerprint,
-        encoding_fingerprint=corpus.fingerprint,
-        corpus_fingerprint=corpus.texts_fingerprint,
+        encoding_fingerprint=encoding,
+        corpus_fingerprint=texts,
         queries_fingerprint="" if queries is None else queries.fingerprint,
-        fields=_field_types(corpus, collection, fields),
+        fields=_field_types(corpus, merged, collection, fields),
     )
 
     def blocks() -> Iterator[Vectors]:
-        return (truncated(block, shape[1], card.normalize) for block in _blocks(corpus.vectors))
+        return (truncated(block, shape[1], card.normalize) for block in merged.blocks())
 
     def write(folder: Path) -> IndexContent:
         asked = None if queries is None else truncated(np.asarray(queries.vectors), shape[1], card.normalize)
-        chosen, considered = _chosen(content, corpus.vectors, asked)
+        chosen, considered = _chosen(content, merged, asked)
         index = resolved(chosen, content.count)
-        write_ids(folder / IDS, corpus.ids)
+        write_ids(folder / IDS, merged.ids)
         stored = write_stored(folder, blocks, shape, spec.storage)
         if content.fields:
             assert collection is not None
-            documents = ((document.doc_id, document_fields(document)) for document in collection.documents())
-            write_documents(folder, documents, content.fields, corpus.row_of)
+            write_documents(folder, merged.fields(collection), content.fields, merged.row_of)
+        if update is not NO_UPDATE:
+            UpdateLog(folder / FOLDED).append(update)
         write_ann(folder, stored, index)
         finished = replace(content, index=index, largest_norm=stored.longest())
         if asked is not None:
             finished = tuned(folder, finished, asked, spec.target_recall, considered)
-        probes = corpus.vectors if queries is None else queries.vectors
-        make_probes(folder, finished, probes[evenly_spaced(len(probes), PROBE_COUNT)]).save(folder)
+        if queries is None:
+            probes = merged.rows(evenly_spaced(len(merged.ids), PROBE_COUNT))
+        else:
+            probes = np.asarray(queries.vectors[evenly_spaced(len(queries.ids), PROBE_COUNT)])
+        make_probes(folder, finished, probes).save(folder)
         return finished
 
-    return IndexStore(store).publish(content.fingerprint, write)
+    return IndexStore(store).publish(
+        content.fingerprint, write, functools.partial(changes.handed_on, discard=discard_updates)
+    )
 
 
 def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
@@ -157,7 +174,7 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
             make_probes(folder, finished, probes).save(folder)
             return finished
 
-        return IndexStore(store).publish(content.fingerprint, write)
+        return IndexStore(store).publish(content.fingerprint, write, Changes(store, source.name, [], 0).handed_on)
     finally:
         lease.release()
 
@@ -174,7 +191,9 @@ def tuned(
     )
 
 
-def _chosen(content: IndexContent, vectors: Vectors, queries: Vectors | None) -> tuple[IndexSpec, Sequence[Considered]]:
+def _chosen(
+    content: IndexContent, corpus: MergedCorpus, queries: Vectors | None
+) -> tuple[IndexSpec, Sequence[Considered]]:
     """Return the spec with a kind instead of ``auto``, and what it was chosen from."""
     spec = content.requested
     if spec.kind != "auto":
@@ -183,7 +202,7 @@ def _chosen(content: IndexContent, vectors: Vectors, queries: Vectors | None) ->
         return replace(spec, kind="exact"), ()
     if queries is None:
         raise DataError("index kind auto: it measures with held-out queries; give some, or name a kind")
-    sample = np.asarray(vectors[sampled(content.count)], dtype=np.float32)
+    sample = corpus.rows(sampled(content.count))
     cut = truncated(sample, content.dimension, content.document_encoder.normalize)
     return choose(spec, content, cut, queries)
 
@@ -191,26 +210,23 @@ def _chosen(content: IndexContent, vectors: Vectors, queries: Vectors | None) ->
 def _require_finite(corpus: EncodedCorpus) -> None:
     if not corpus.ids:
         raise DataError("no documents to index; encode a corpus that has some")
-    for start, block in zip(itertools.count(0, _BLOCK_ROWS), _blocks(corpus.vectors), strict=False):
-        finite = np.isfinite(block).all(axis=1)
+    for start in range(0, len(corpus.ids), BLOCK_ROWS):
+        finite = np.isfinite(corpus.vectors[start : start + BLOCK_ROWS]).all(axis=1)
         if not finite.all():
             row = start + int(np.argmin(finite))
             raise DataError(f"document {corpus.ids[row]!r}: its vector is not finite; encode the corpus again")
 
 
-def _field_types(corpus: EncodedCorpus, collection: Collection | None, names: Sequence[str]) -> Mapping[str, str]:
+def _field_types(
+    corpus: EncodedCorpus, merged: MergedCorpus, collection: Collection | None, names: Sequence[str]
+) -> Mapping[str, str]:
     if not names:
         return {}
     if collection is None or collection.corpus_fingerprint != corpus.texts_fingerprint:
         raise DataError("stored fields: the collection is not the one that was encoded; give that one")
-    types = field_types(map(document_fields, collection.documents()), names)
+    types = field_types((fields for _, fields in merged.fields(collection)), names)
     for name in names:
         if name not in types:
-            known = {key for document in collection.documents() for key in document_fields(document)}
+            known = {key for _, fields in merged.fields(collection) for key in fields}
             raise DataError(f"--fields: no document of {collection.name} has {name!r}{did_you_mean(name, known)}")
     return types
-
-
-def _blocks(vectors: Vectors) -> Iterator[Vectors]:
-    for start in range(0, len(vectors), _BLOCK_ROWS):
-        yield np.ascontiguousarray(vectors[start : start + _BLOCK_ROWS], dtype=np.float32)

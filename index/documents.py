@@ -180,6 +180,16 @@ def require_stored(names: Iterable[str], types: Mapping[str, str]) -> None:
             raise DataError(f"no field {name!r} is stored{known}")
 
 
+def storable(fields: Fields, types: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields that an index stores; every document has a title and a text, stored or not.
+
+    Raises:
+        DataError: another field that the index does not store; names it.
+    """
+    require_stored((name for name in fields if name not in ("title", "text")), types)
+    return {name: value for name, value in fields.items() if name in types}
+
+
 def _type_of(value: Any) -> str:
     if isinstance(value, bool):
         return "bool"

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from retrieval_kd.artifacts import atomic_write
+from retrieval_kd.collections.files import checked_id
 from retrieval_kd.errors import ArtifactError, DataError
 
 IDS = "ids.arrow"
@@ -78,3 +79,17 @@ class DocumentIds:
                 raise DataError(f"the index has no document {doc_id!r}")
             rows.append(row)
         return rows
+
+
+def require_ids(doc_ids: Sequence[str]) -> None:
+    """Refuse ids that no document can have, or that come twice.
+
+    Raises:
+        DataError: names the id.
+    """
+    seen = set()
+    for doc_id in doc_ids:
+        checked_id(doc_id, "update", "document")
+        if doc_id in seen:
+            raise DataError(f"update: document {doc_id!r} comes twice; give each once")
+        seen.add(doc_id)

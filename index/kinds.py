@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from index.ann import faiss, selector
-from index.filters import Mask
+from index.ann import Selection, faiss
 from index.threads import faiss_threads
 from index.vectors import Rows, StoredVectors
 from retrieval_kd.artifacts import atomic_write
@@ -153,44 +152,45 @@ class Proposer:
 
     @property
     def filters(self) -> bool:
-        """Return whether :meth:`propose` takes a mask; other kinds propose more, and what is masked is dropped."""
+        """Return whether :meth:`propose` looks only at the chosen; other kinds propose more and drop the rest."""
         return self._spec.kind in ("ivf", "ivf-pq", "ivf-rabitq", *_HNSW)
 
-    def propose(self, queries: Vectors, k: int, effort: Effort, mask: Mask | None) -> tuple[Scores, Rows]:
+    def propose(self, queries: Vectors, k: int, effort: Effort, chosen: Selection | None) -> tuple[Scores, Rows]:
         """Return scores and rows ``[n, width]`` of the documents most likely to be among the best ``k``.
 
         Args:
             queries: float32 ``[n, d]``.
-            k: Documents wanted, at most as many as the mask selects.
-            effort: How hard to look; enlarged by the share of documents that the mask leaves out.
-            mask: bool ``[count]``, the documents that may be proposed; all when None. At least one.
+            k: Documents wanted, at most as many as are chosen.
+            effort: How hard to look; enlarged by the share of documents that are not chosen.
+            chosen: The documents that may be proposed, at least one; all when None.
 
         Returns:
             Rows below 0 stand for nothing found.
         """
-        share = 1.0 if mask is None else float(mask.mean())
+        share = 1.0 if chosen is None else chosen.count / self._vectors.count
+        dropped = None if chosen is None or self.filters else chosen.mask
         width = effort.width(self._spec, k)
-        if mask is not None and not self.filters:
+        if dropped is not None:
             width = math.ceil(_SPARE * width / share)
         width = min(width, self._vectors.count)
-        parameters = self._parameters(effort, width, share, mask)
+        parameters = self._parameters(effort, width, share, chosen)
         scores = np.empty((len(queries), width), dtype=np.float32)
         rows = np.empty((len(queries), width), dtype=np.int64)
         for start in range(0, len(queries), _QUERIES_AT_ONCE):
             part = slice(start, start + _QUERIES_AT_ONCE)
             scores[part], rows[part] = self._index.search(queries[part], width, params=parameters)
-        if mask is not None and not self.filters:
-            rows[~mask[rows]] = -1
+        if dropped is not None:
+            rows[~dropped[rows]] = -1
         return scores, rows
 
-    def _parameters(self, effort: Effort, width: int, share: float, mask: Mask | None) -> Any:
-        chosen = selector(mask) if mask is not None and self.filters else None
+    def _parameters(self, effort: Effort, width: int, share: float, chosen: Selection | None) -> Any:
+        selector = None if chosen is None else chosen.selector
         if self._spec.kind in _HNSW:
             nodes = min(self._vectors.count, math.ceil(max(width, effort.ef_search) / share))
-            return faiss.SearchParametersHNSW(efSearch=nodes, sel=chosen)
+            return faiss.SearchParametersHNSW(efSearch=nodes, sel=selector)
         if self._spec.kind in _IVF:
             probes = min(self._spec.lists, math.ceil(effort.probes / share))
-            return faiss.SearchParametersIVF(nprobe=probes, sel=chosen)
+            return faiss.SearchParametersIVF(nprobe=probes, sel=selector if self.filters else None)
         return None
 
 

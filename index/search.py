@@ -1,14 +1,14 @@
 """Searching an index version: a kind proposes documents, then one exact way of scoring them.
 
 faiss sums in another order when it gets twenty queries than when it gets one (faiss#563), and codes give scores
-of their own, so a kind only proposes. Whatever of its proposals can be among the best is scored in float64, row by
-row, rounded to float32 and ordered by :func:`retrieval_kd.runs.rank`: a query's ranking never depends on its
-company.
+of their own, so a kind only proposes. What of its proposals can be among the best is scored by
+:mod:`index.scoring`, joined with what has changed since the version was built, and ordered by
+:func:`retrieval_kd.runs.rank`.
 """
 
 from __future__ import annotations
 
-import itertools
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,25 +16,27 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from index.ann import faiss, selector
-from index.documents import StoredDocuments, require_stored
-from index.filters import Filter, Mask
-from index.ids import IDS, DocumentIds
+from index.ann import Selection, faiss
+from index.delta import Delta
+from index.documents import Fields, StoredDocuments, record_batch, require_stored, storable
+from index.filters import Filter
+from index.ids import IDS, DocumentIds, require_ids
 from index.kinds import Effort, Proposer
 from index.manifest import IndexContent, IndexManifest, check_files, check_sizes
 from index.probes import PROBE_DEPTH, Probes
+from index.scoring import Scored, Scorer
 from index.store import VERSIONS, IndexStore, Lease, hold
 from index.threads import faiss_threads
-from index.vectors import Rows, Storage, StoredVectors
+from index.updates import Update, UpdateLog, summed, writing
+from index.vectors import Storage, StoredVectors
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
+from retrieval_kd.encoders.corpus import check_vectors
 from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import ArtifactError, DataError
-from retrieval_kd.runs import Ranking, Scores, rank
+from retrieval_kd.runs import Ranking, rank
 
 _MARGIN = 32
-_BLOCK_ROWS = 16384
-_QUERIES_AT_ONCE = 64
 # Below this many documents, or multiply-adds, scoring all that a filter selects is faster than walking around it.
 _SCORED_OUTRIGHT = 10_000
 _BUDGET = 1 << 23
@@ -54,106 +56,64 @@ class Opened:
         """
         self.content = content
         self.ids = DocumentIds.open(folder / IDS)
-        self.vectors = StoredVectors.open(folder, content.index.storage)
-        self.proposer = Proposer.open(folder, self.vectors, content.index)
         self.documents = StoredDocuments.open(folder) if content.fields else None
-        shapes = [(len(self.ids), content.dimension), self.vectors.array.shape]
+        vectors = StoredVectors.open(folder, content.index.storage)
+        self._scorer = Scorer(vectors, content.largest_norm, self.ids.__getitem__)
+        self._proposer = Proposer.open(folder, vectors, content.index)
+        shapes = [(len(self.ids), content.dimension), vectors.array.shape]
         if self.documents is not None:
             shapes.append((self.documents.count, content.dimension))
         if any(shape != (content.count, content.dimension) for shape in shapes):
             raise ArtifactError(f"{folder}: ids, vectors and fields are of different sizes; build the index again")
 
-    def search(self, queries: Vectors, k: int, exact: bool, mask: Mask | None, effort: Effort) -> list[Ranking]:
-        """Return a ranking for each row of float32 ``[n, d]``, ``d`` as stored, of at most ``k`` documents.
+    def search(
+        self, queries: Vectors, k: int, exact: bool, chosen: Selection | None, effort: Effort
+    ) -> Sequence[Scored]:
+        """Return the best ``k`` for each row of float32 ``[n, d]``, ``d`` as stored.
 
         Args:
             queries: The queries.
             k: Documents wanted, at least 1.
             exact: Leave nothing to a kind's proposals.
-            mask: bool ``[count]``, the documents that may be ranked; all when None.
+            chosen: The documents that may be ranked; all when None.
             effort: How hard the kind looks.
         """
-        if mask is not None:
-            selected = np.flatnonzero(mask)
-            if len(selected) <= max(_SCORED_OUTRIGHT, _BUDGET // self.content.dimension):
-                return self._score_all(queries, selected, min(k, len(selected)))
-            k = min(k, len(selected))
         k = min(k, self.content.count)
-        if exact or self.proposer is None:
-            return self._scan(queries, k, mask)
-        return self._proposed(self.proposer, queries, k, mask, effort)
-
-    def _proposed(
-        self, proposer: Proposer, queries: Vectors, k: int, mask: Mask | None, effort: Effort
-    ) -> list[Ranking]:
-        scores, rows = proposer.propose(queries, k, effort, mask)
+        if chosen is not None:
+            k = min(k, chosen.count)
+            if chosen.count <= max(_SCORED_OUTRIGHT, _BUDGET // self.content.dimension):
+                return list(self._scorer.outright(queries, chosen.rows, k))
+        if exact or self._proposer is None:
+            return self._scan(queries, k, chosen)
+        scores, rows = self._proposer.propose(queries, k, effort, chosen)
         found = rows >= 0
-        enough = np.count_nonzero(found, axis=1) >= k
-        if not proposer.scores_are_dots:
-            scores = self._float32_dots(queries, np.where(found, rows, 0))
-        scores = np.where(found, scores, -np.inf)
-        rankings = self._ranked(queries, scores, rows, k, self._bound(queries))
+        if not self._proposer.scores_are_dots:
+            scores = self._scorer.float32_dots(queries, np.where(found, rows, 0))
+        best = self._scorer.best(queries, np.where(found, scores, -np.inf), rows, k)
         # A walk cannot reach nodes that the graph has cut off; the ranking is as long as promised all the same.
-        for i in np.flatnonzero(~enough).tolist():
-            rankings[i] = self._scan(queries[i : i + 1], k, mask)[0]
-        return rankings
+        for i in np.flatnonzero(np.count_nonzero(found, axis=1) < k).tolist():
+            best[i] = self._scan(queries[i : i + 1], k, chosen)[0]
+        return best
 
-    def _scan(self, queries: Vectors, k: int, mask: Mask | None) -> list[Ranking]:
-        """Widen the candidates of each query until no document outside them can enter its ranking."""
-        rankings: dict[int, Ranking] = {}
-        open_queries = np.arange(len(queries))
-        bounds = self._bound(queries)
-        selected = self.content.count if mask is None else int(np.count_nonzero(mask))
-        parameters = None if mask is None else faiss.SearchParameters(sel=selector(mask))
+    def _scan(self, queries: Vectors, k: int, chosen: Selection | None) -> Sequence[Scored]:
+        """Widen the candidates of each query until no document outside them can be among its best."""
+        best: dict[int, Scored] = {}
+        undecided = np.arange(len(queries))
+        bounds = self._scorer.bound(queries)
+        count = self.content.count if chosen is None else chosen.count
+        parameters = None if chosen is None else faiss.SearchParameters(sel=chosen.selector)
         width = k + _MARGIN
-        while len(open_queries) > 0:
-            width = min(width, selected)
-            scores, rows = self.vectors.scan.search(queries[open_queries], width, params=parameters)
+        while len(undecided) > 0:
+            width = min(width, count)
+            scores, rows = self._scorer.vectors.scan.search(queries[undecided], width, params=parameters)
             kth = scores[:, k - 1]
-            decided = (scores[:, -1] < kth - 2 * bounds[open_queries]) | (width == selected)
-            done = open_queries[decided]
-            ranked = self._ranked(queries[done], scores[decided], rows[decided], k, bounds[done])
-            rankings.update(zip(done.tolist(), ranked, strict=True))
-            open_queries = open_queries[~decided]
+            decided = (scores[:, -1] < kth - 2 * bounds[undecided]) | (width == count)
+            done = undecided[decided]
+            scored = self._scorer.best(queries[done], scores[decided], rows[decided], k)
+            best.update(zip(done.tolist(), scored, strict=True))
+            undecided = undecided[~decided]
             width *= 4
-        return [rankings[query] for query in range(len(queries))]
-
-    def _score_all(self, queries: Vectors, selected: Rows, k: int) -> list[Ranking]:
-        if k == 0:
-            return [rank([], np.empty(0, np.float32))] * len(queries)
-        rankings: list[Ranking] = []
-        for start in range(0, len(queries), _QUERIES_AT_ONCE):
-            some = queries[start : start + _QUERIES_AT_ONCE]
-            scores = np.empty((len(some), len(selected)), dtype=np.float32)
-            for first in range(0, len(selected), _BLOCK_ROWS):
-                part = slice(first, first + _BLOCK_ROWS)
-                np.matmul(some, self.vectors.rows(selected[part]).T, out=scores[:, part])
-            rows = np.broadcast_to(selected, scores.shape)
-            rankings += self._ranked(some, scores, rows, k, self._bound(some))
-        return rankings
-
-    def _ranked(self, queries: Vectors, scores: Scores, rows: Rows, k: int, bounds: Any) -> list[Ranking]:
-        """Rank the best ``k`` of each query's candidates, given their scores to within a bound."""
-        width = scores.shape[1]
-        kth = np.partition(scores, width - k, axis=1)[:, width - k]
-        floor = np.nextafter((kth - 2 * bounds).astype(np.float32), np.float32(-np.inf))
-        of_query, places = np.nonzero(scores >= floor[:, None])
-        kept = rows[of_query, places]
-        known = kept >= 0
-        of_query, kept = of_query[known], kept[known]
-        exact = self.vectors.dots(queries, kept, of_query)
-        ends = np.cumsum(np.bincount(of_query, minlength=len(queries))).tolist()
-        doc_ids = [self.ids[row] for row in kept.tolist()]
-        return [rank(doc_ids[a:b], exact[a:b], k) for a, b in itertools.pairwise([0, *ends])]
-
-    def _float32_dots(self, queries: Vectors, rows: Rows) -> Scores:
-        scores = np.empty(rows.shape, dtype=np.float32)
-        for i, query in enumerate(queries):
-            np.dot(self.vectors.rows(rows[i]), query, out=scores[i])
-        return scores
-
-    def _bound(self, queries: Vectors) -> Any:
-        return self.vectors.error_bound(queries, self.content.largest_norm)
+        return [best[query] for query in range(len(queries))]
 
 
 class Searcher:
@@ -170,6 +130,12 @@ class Searcher:
         self._lease = lease
         self._threads = threads
         self._opened = Opened(folder, manifest.content)
+        self._log = UpdateLog.of(folder.parent.parent, folder.name)
+        self._refreshing = threading.Lock()
+        self._updates: list[Update] = []
+        self._read_to = 0
+        self._delta: Delta | None = None
+        self._refresh()
 
     @classmethod
     def open(cls, path: Path, threads: int = 1, *, check: Literal["full", "sizes"] = "full") -> Searcher:
@@ -224,8 +190,9 @@ class Searcher:
 
     @property
     def count(self) -> int:
-        """Return the number of documents."""
-        return self._content.count
+        """Return the number of documents that can be found."""
+        delta = self._refresh()
+        return self._content.count if delta is None else self._content.count - delta.hidden + len(delta.rows)
 
     @property
     def dimension(self) -> int:
@@ -240,7 +207,7 @@ class Searcher:
     @property
     def bytes_per_doc(self) -> float:
         """Return the size of the version's files for each document, in bytes."""
-        return self._manifest.bytes / self.count
+        return self._manifest.bytes / self._content.count
 
     @property
     def effort(self) -> Effort:
@@ -294,9 +261,16 @@ class Searcher:
             raise DataError(f"k is {k}; ask for at least one document")
         if len(queries) == 0:
             return []
-        mask = None if filter is None else self._mask(filter)
+        delta = self._refresh()
+        chosen = self._chosen(filter, delta)
         with faiss_threads(self._threads):
-            return self._opened.search(queries, k, exact, mask, effort or self.effort)
+            best = self._opened.search(queries, k, exact, chosen, effort or self.effort)
+        if delta is not None:
+            news = delta.search(queries, k, filter, self._content.fields)
+            best = [
+                Scored(a.doc_ids + b.doc_ids, np.append(a.scores, b.scores)) for a, b in zip(best, news, strict=True)
+            ]
+        return [rank(scored.doc_ids, scored.scores, k) for scored in best]
 
     def fields(self, doc_ids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
         """Return the named stored fields of documents, in the order of ``doc_ids``.
@@ -307,8 +281,47 @@ class Searcher:
             DataError: a field that is not stored, or a document that the index does not have; names it.
         """
         require_stored(names, self.field_types)
-        rows = self._opened.ids.rows(doc_ids)
-        return [{} for _ in rows] if self._opened.documents is None else self._opened.documents.fields(rows, names)
+        delta = self._refresh()
+        return [self._fields(doc_id, names, delta) for doc_id in doc_ids]
+
+    def upsert(self, ids: Sequence[str], vectors: Vectors, fields: Sequence[Fields] | None = None) -> None:
+        """Add documents or replace them; on return that is on disk and every search sees it.
+
+        The next build folds it in.
+
+        Args:
+            ids: The documents, each once.
+            vectors: float32 ``[len(ids), dimension]``, as the document encoder makes them.
+            fields: What is stored with each; ``title`` and ``text`` are left out where the index does not store them.
+
+        Raises:
+            DataError: an id is unusable or comes twice, a vector is of another shape, not finite or not of unit
+                length, or a field is not stored or of another type; names it, and nothing is changed.
+            ArtifactError: the log cannot be written, or the version is no longer the store's current one.
+        """
+        given = fields if fields is not None else [{}] * len(ids)
+        if vectors.shape != (len(ids), self.dimension) or len(given) != len(ids):
+            raise DataError(
+                f"upsert: {len(ids)} ids, vectors of shape {vectors.shape}, {len(given)} sets of fields; the index "
+                f"takes [n, {self.dimension}]"
+            )
+        require_ids(ids)
+        rows = np.asarray(vectors, dtype=np.float32)
+        check_vectors(rows, ids, self.card)
+        kept = [storable(one, self.field_types) for one in given]
+        if self._content.fields:
+            record_batch(kept, self._content.fields)
+        self._change(Update(tuple(ids), rows, tuple(kept)))
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove documents; on return that is on disk and no search finds them. Unknown ids are no error.
+
+        Raises:
+            DataError: an id is unusable or comes twice.
+            ArtifactError: the log cannot be written, or the version is no longer the store's current one.
+        """
+        require_ids(ids)
+        self._change(Update((), np.empty((0, self.dimension), np.float32), (), tuple(ids)))
 
     def self_test(self) -> None:
         """Ask the stored probe queries and compare with the stored answers; also warms the version up.
@@ -318,9 +331,11 @@ class Searcher:
         """
         probes = Probes.load(self._folder)
         found = wrong = 0
-        rankings = self.search(probes.queries, probes.rows.shape[1])
-        for ranking, rows, scores in zip(rankings, probes.rows.tolist(), probes.scores.tolist(), strict=True):
-            answer = dict(zip(ranking.doc_ids, ranking.scores.tolist(), strict=True))
+        # The version as it was built, without the updates since.
+        with faiss_threads(self._threads):
+            best = self._opened.search(self._checked(probes.queries), probes.rows.shape[1], False, None, self.effort)
+        for scored, rows, scores in zip(best, probes.rows.tolist(), probes.scores.tolist(), strict=True):
+            answer = dict(zip(scored.doc_ids, scored.scores.tolist(), strict=True))
             for row, score in zip(rows, scores, strict=True):
                 if (got := answer.get(self._opened.ids[row])) is not None:
                     found += 1
@@ -331,10 +346,47 @@ class Searcher:
                 "them with another score; this machine's libraries read the index otherwise, so build it here"
             )
 
-    def _mask(self, wanted: Filter) -> Mask:
+    def _chosen(self, wanted: Filter | None, delta: Delta | None) -> Selection | None:
+        """Return which of the version's own documents may be ranked; None for all."""
+        unchanged = None if delta is None else delta.base
+        if wanted is None:
+            return unchanged
         if self._opened.documents is None:
             raise DataError("filter: the index stores no fields; build it with --fields")
-        return self._opened.documents.mask(wanted)
+        mask = self._opened.documents.mask(wanted)
+        return Selection(mask if unchanged is None else mask & unchanged.mask)
+
+    def _fields(self, doc_id: str, names: Sequence[str], delta: Delta | None) -> dict[str, Any]:
+        if delta is not None and doc_id in delta.touched:
+            if doc_id not in delta.rows:
+                raise DataError(f"the index has no document {doc_id!r}")
+            held = delta.fields[delta.rows[doc_id]]
+            return {name: held[name] for name in names if held.get(name) is not None}
+        (row,) = self._opened.ids.rows([doc_id])
+        return {} if self._opened.documents is None else self._opened.documents.fields([row], names)[0]
+
+    def _change(self, update: Update) -> None:
+        store = self._folder.parent.parent
+        with writing(store):
+            current = IndexStore(store).current().name
+            if current != self.version:
+                raise ArtifactError(f"{store}: {current} is current, not {self.version}; open it and update that")
+            self._log.append(update)
+        self._refresh()
+
+    def _refresh(self) -> Delta | None:
+        """Return the changes until now, those of other processes included."""
+        if self._log.size == self._read_to:
+            return self._delta
+        with self._refreshing:
+            if self._log.size < self._read_to:
+                # A record was taken back because the disk refused it.
+                self._updates, self._read_to, self._delta = [], 0, None
+            news, self._read_to = self._log.read(self._read_to)
+            if news:
+                self._updates = [summed([*self._updates, *news])]
+                self._delta = Delta.of(self._updates[0], self._content, self._opened.ids)
+            return self._delta
 
     def _checked(self, vectors: Vectors) -> Vectors:
         queries = np.ascontiguousarray(vectors, dtype=np.float32)
@@ -351,9 +403,10 @@ class Searcher:
 
 def make_probes(folder: Path, content: IndexContent, queries: Vectors) -> Probes:
     """Answer queries from a folder that is not yet a version, for its own later self-tests."""
-    opened = Opened(folder, content)
+    opened, depth = Opened(folder, content), min(PROBE_DEPTH, content.count)
     cut = truncated(queries, content.dimension, content.document_encoder.normalize)
     with faiss_threads(1):
-        rankings = opened.search(cut, min(PROBE_DEPTH, content.count), False, None, Effort.of(content.index))
+        best = opened.search(cut, depth, False, None, Effort.of(content.index))
+    rankings = [rank(scored.doc_ids, scored.scores, depth) for scored in best]
     rows = np.asarray([opened.ids.rows(ranking.doc_ids) for ranking in rankings], dtype="<i8")
     return Probes(queries, rows, np.stack([ranking.scores for ranking in rankings]).astype("<f4"))

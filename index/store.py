@@ -21,10 +21,12 @@ import shutil
 import uuid
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
 from index.manifest import IndexContent, IndexManifest, check_files, is_sound
+from index.updates import UpdateLog
 from retrieval_kd.artifacts import (
     MANIFEST,
     FileEntry,
@@ -77,12 +79,18 @@ class IndexStore:
         folder = self._path / VERSIONS
         return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
-    def publish(self, fingerprint: str, write: Callable[[Path], IndexContent]) -> Path:
+    def publish(
+        self,
+        fingerprint: str,
+        write: Callable[[Path], IndexContent],
+        swapping: Callable[[Path], AbstractContextManager[object]] = nullcontext,
+    ) -> Path:
         """Make a version current, writing it only if no sound version holds the same.
 
         Args:
             fingerprint: Identity of what the version holds.
             write: Writes the version's files into the empty folder it is given and returns what they are.
+            swapping: Entered with the version while it becomes the current one.
 
         Returns:
             The version's folder.
@@ -95,7 +103,8 @@ class IndexStore:
             (self._path / VERSIONS).mkdir(parents=True, exist_ok=True)
             with locked(self._path):
                 version = self._find(fingerprint) or self._add(write)
-                self._point_at(version)
+                with swapping(version):
+                    self._point_at(version)
         except OSError as error:
             raise self._unwritable(error) from error
         return version
@@ -176,6 +185,7 @@ class IndexStore:
             doomed = version.with_name(f"{_UNFINISHED}{version.name}")
             version.rename(doomed)
             shutil.rmtree(doomed)
+            UpdateLog.of(self._path, version.name).path.unlink(missing_ok=True)
         return True
 
     def _unwritable(self, error: OSError) -> ArtifactError:

@@ -9,10 +9,11 @@ from typing import Any
 from index.manifest import IndexManifest, check_files
 from index.search import Searcher
 from index.store import IndexStore
+from index.updates import UpdateLog, summed
 
 
 def verify(store: Path) -> list[str]:
-    """Check every version of a store, open the current one and run its self-test.
+    """Check every version of a store and its log of updates, open the current one and run its self-test.
 
     Returns:
         The names of the versions, oldest first.
@@ -25,6 +26,7 @@ def verify(store: Path) -> list[str]:
     versions = IndexStore(store).versions()
     for version in versions:
         check_files(version, IndexManifest.load(version))
+        UpdateLog.of(store, version.name).read()
     return [version.name for version in versions]
 
 
@@ -37,6 +39,7 @@ def inspect(store: Path) -> dict[str, Any]:
     current = IndexStore(store).current()
     manifest = IndexManifest.load(current)
     content = manifest.content
+    updates = summed(UpdateLog.of(store, current.name).read()[0])
     return {
         "version": current.name,
         "parent": manifest.parent,
@@ -47,6 +50,7 @@ def inspect(store: Path) -> dict[str, Any]:
         "metric": content.metric,
         "count": content.count,
         "dimension": content.dimension,
+        "updates": len(updates.doc_ids) + len(updates.deleted),
         "bytes": manifest.bytes,
         "bytes_per_doc": manifest.bytes / content.count,
         "document_encoder": content.document_encoder.to_json(),

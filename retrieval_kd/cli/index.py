@@ -42,6 +42,9 @@ def build(
     vectors: Annotated[
         Path | None, typer.Option(help="Where the encoded corpus is kept; STORE/vectors by default.")
     ] = None,
+    discard_updates: Annotated[
+        bool, typer.Option("--discard-updates", help="Leave the store's updates out; the collection has them.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Encode a corpus, build an index version and publish it; a killed build goes on where it stopped."""
@@ -71,6 +74,7 @@ def build(
         queries=held_out,
         collection=corpus,
         fields=[name.strip() for name in fields.split(",") if name.strip()],
+        discard_updates=discard_updates,
     )
     emit({"version": version.name, "store": str(store)}, as_json)
 

@@ -198,7 +198,7 @@ def _encode_shards(encoder: Encoder, texts: Texts, side: Side, folder: Path, adv
                 )
         else:
             vectors = encoder.encode([text for _, text in window], side)
-            _check(vectors, ids, encoder.card)
+            check_vectors(vectors, ids, encoder.card)
             write_vectors(vectors_file, [vectors], vectors.shape)
             # The ids come last: a shard with ids is a finished one.
             write_ids(ids_file, ids)
@@ -218,7 +218,13 @@ def _shard(folder: Path, number: int) -> tuple[Path, Path]:
     return folder / f"vectors-{number:05d}.npy", folder / f"ids-{number:05d}.txt"
 
 
-def _check(vectors: Vectors, ids: Sequence[str], card: EncoderCard) -> None:
+def check_vectors(vectors: Vectors, ids: Sequence[str], card: EncoderCard) -> None:
+    """Refuse vectors that are not what a card promises.
+
+    Raises:
+        DataError: another shape or dtype, or a vector that is not finite or, under ``card.normalize``, not of unit
+            length; names the text.
+    """
     if vectors.shape != (len(ids), card.dimension) or vectors.dtype != np.float32:
         raise DataError(
             f"encoder {card.name!r} gave {vectors.dtype} {vectors.shape} for {len(ids)} texts of dimension "

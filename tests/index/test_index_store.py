@@ -214,10 +214,14 @@ def test_kill_at_every_file_operation_leaves_old_or_new(tmp_path: Path) -> None:
         os.fsync = lambda _: None
         root = Path(sys.argv[1])
         build_index(OLD, HNSW, root / "old")
+        with Searcher.open(root / "old") as searcher:
+            searcher.upsert(["update"], QUERY)
+        shutil.copytree(root / "old", root / "new")
         build_index(NEW, HNSW, root / "new")
         answer = lambda store: Searcher.open(store).search(QUERY, 5)[0].doc_ids
         old, new = answer(root / "old"), answer(root / "new")
         assert old != new
+        assert old[0] == new[0] == "update"
         seen, kills = [], 0
         while True:
             store = root / f"killed-{kills}"

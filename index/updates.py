@@ -1,0 +1,241 @@
+"""Changes to a published version: an append-only log beside it, on disk before it is acknowledged.
+
+``STORE/updates/<version>.log`` starts with eight bytes of magic; then each record is its length and crc32 (two
+little-endian uint32) and its body: one line of JSON, then the vectors of its upserts, float32. A record is one call
+of :meth:`UpdateLog.append`, all of it or none.
+
+A writer that dies leaves at most one torn record at the end. Readers stop before it, and the next writer cuts it
+off. Damage before the last record cannot come from that, and is an error.
+
+A build folds the updates of the version that was current into its own: their sum lies in it as ``updates.log``, so
+that a further build from the same corpus does not lose them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retrieval_kd.artifacts import fsync_folder
+from retrieval_kd.encoders.base import Vectors
+from retrieval_kd.errors import ArtifactError
+
+UPDATES = "updates"
+FOLDED = "updates.log"
+_MAGIC = b"RKDUPD1\n"
+_HEAD = struct.Struct("<II")
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one call changed.
+
+    Attributes:
+        doc_ids: Documents that were added or replaced, each once.
+        vectors: float32 ``[len(doc_ids), d]``, as wide as the encoder makes them.
+        fields: What is stored with each.
+        deleted: Documents that were removed; none of them in ``doc_ids``.
+    """
+
+    doc_ids: tuple[str, ...]
+    vectors: Vectors
+    fields: tuple[Mapping[str, Any], ...]
+    deleted: tuple[str, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """Return the record's body."""
+        head = {
+            "upsert": list(self.doc_ids),
+            "width": int(self.vectors.shape[1]) if self.doc_ids else 0,
+            "fields": [dict(fields) for fields in self.fields],
+            "delete": list(self.deleted),
+        }
+        line = json.dumps(head, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        return line + np.ascontiguousarray(self.vectors, dtype="<f4").tobytes()
+
+    @classmethod
+    def from_bytes(cls, body: bytes) -> Update:
+        """Read a record's body."""
+        line, _, data = body.partition(b"\n")
+        head = json.loads(line)
+        ids = tuple(head["upsert"])
+        vectors = np.frombuffer(data, dtype="<f4").reshape(len(ids), head["width"])
+        return cls(ids, vectors, tuple(head["fields"]), tuple(head["delete"]))
+
+
+class UpdateLog:
+    """A log of updates; it need not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the file."""
+        self.path = path
+
+    @classmethod
+    def of(cls, store: Path, version: str) -> UpdateLog:
+        """Return the log of a version of a store."""
+        return cls(store / UPDATES / f"{version}.log")
+
+    @property
+    def size(self) -> int:
+        """Return the size of the file; 0 when there is none."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def read(self, start: int = 0) -> tuple[list[Update], int]:
+        """Return the whole records from a place on, and the place after the last of them.
+
+        Args:
+            start: A place that an earlier call returned; 0 for the beginning.
+
+        Raises:
+            ArtifactError: the file is no log, or is damaged before its last record; names it.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                content = file.read()
+        except FileNotFoundError:
+            return [], 0
+        at = 0
+        if start == 0:
+            if not content.startswith(_MAGIC):
+                if _MAGIC.startswith(content.rstrip(b"\0")):
+                    return [], 0
+                raise ArtifactError(f"{self.path}: not a log of updates; restore it or remove it and its updates")
+            at = len(_MAGIC)
+        updates = []
+        while (body := _record(content, at)) is not None:
+            try:
+                updates.append(Update.from_bytes(body))
+            except (ValueError, KeyError, TypeError) as error:
+                raise self._damaged(start + at, str(error)) from None
+            at += _HEAD.size + len(body)
+        if not _is_torn(content, at):
+            raise self._damaged(start + at, "its checksum differs, and records follow it")
+        return updates, start + at
+
+    def append(self, update: Update) -> None:
+        """Add a record; on return it is on disk and every reader sees it.
+
+        The caller holds :func:`writing`.
+
+        Raises:
+            ArtifactError: it cannot be written; what was in the log before stays, and nothing of the record.
+        """
+        try:
+            folder = self.path.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            _, end = self.read()
+            body = update.to_bytes()
+            record = (b"" if end else _MAGIC) + _HEAD.pack(len(body), zlib.crc32(body)) + body
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                # Also cuts off what a writer that died has left.
+                os.ftruncate(descriptor, end)
+                self._write(descriptor, record, end)
+            finally:
+                os.close(descriptor)
+            if end == 0:
+                fsync_folder(folder)
+                fsync_folder(folder.parent)
+        except OSError as error:
+            raise ArtifactError(
+                f"{self.path}: cannot write the update ({error.strerror or error}); nothing of it was kept"
+            ) from error
+
+    def replace(self, updates: Sequence[Update]) -> None:
+        """Put other updates in the place of all; the caller holds :func:`writing`.
+
+        Raises:
+            ArtifactError: they cannot be written; the log is as it was.
+        """
+        other = UpdateLog(self.path.with_suffix(".new"))
+        other.path.unlink(missing_ok=True)
+        if updates:
+            other.append(summed(updates))
+            other.path.replace(self.path)
+            fsync_folder(self.path.parent)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, descriptor: int, record: bytes, end: int) -> None:
+        try:
+            written = 0
+            while written < len(record):
+                written += os.pwrite(descriptor, record[written:], end + written)
+            os.fsync(descriptor)
+        except OSError:
+            # After a failed fsync nobody knows what is on disk; without these bytes it does not matter.
+            os.ftruncate(descriptor, end)
+            raise
+
+    def _damaged(self, place: int, why: str) -> ArtifactError:
+        return ArtifactError(f"{self.path}: damaged at byte {place} ({why}); restore it, or remove it and its updates")
+
+
+@contextlib.contextmanager
+def writing(store: Path) -> Iterator[None]:
+    """Wait for, and hold, the right to change any log of a store, or which version its updates go to.
+
+    Raises:
+        ArtifactError: the lock cannot be made; the folder may be read-only.
+    """
+    folder = store / UPDATES
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ArtifactError(f"{folder}: cannot write updates ({error.strerror or error})") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def summed(updates: Sequence[Update]) -> Update:
+    """Return one update that does what several did, one after another; documents in ascending order."""
+    living: dict[str, tuple[Update, int]] = {}
+    touched: set[str] = set()
+    for update in updates:
+        living.update((doc_id, (update, i)) for i, doc_id in enumerate(update.doc_ids))
+        for doc_id in update.deleted:
+            living.pop(doc_id, None)
+        touched.update(update.doc_ids, update.deleted)
+    places = [living[doc_id] for doc_id in sorted(living)]
+    width = max((update.vectors.shape[1] for update in updates), default=0)
+    vectors = np.asarray([update.vectors[i] for update, i in places], dtype=np.float32).reshape(len(places), width)
+    fields = tuple(update.fields[i] for update, i in places)
+    return Update(tuple(sorted(living)), vectors, fields, tuple(sorted(touched - living.keys())))
+
+
+def _record(content: bytes, at: int) -> bytes | None:
+    """Return the body of the record at a place, if it is whole."""
+    if at + _HEAD.size > len(content):
+        return None
+    length, checksum = _HEAD.unpack_from(content, at)
+    body = content[at + _HEAD.size : at + _HEAD.size + length]
+    # No body is empty, and a disk that lost power may leave zeros.
+    return body if length and len(body) == length and zlib.crc32(body) == checksum else None
+
+
+def _is_torn(content: bytes, at: int) -> bool:
+    """Return whether what follows a place can be the start of a record that was never finished."""
+    rest = content[at:]
+    if len(rest) < _HEAD.size or not any(rest):
+        return True
+    length, _ = _HEAD.unpack_from(rest)
+    return not any(rest[_HEAD.size + int(length) :])

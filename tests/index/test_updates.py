@@ -1,0 +1,463 @@
+"""Updates between builds: durable, visible at once, and folded in; a log torn at every byte."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from index_helpers import KINDS, Documents, brute_force, card, clustered, corpus
+
+from index import search as search_module
+from index.build import build_index, retune
+from index.filters import Eq
+from index.search import Searcher
+from index.store import IndexStore
+from index.updates import UPDATES, Update, UpdateLog, summed
+from index.verify import inspect, verify
+from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.errors import ArtifactError, DataError
+from retrieval_kd.recipes.schema import IndexSpec
+
+TESTS = Path(__file__).resolve().parents[1]
+BASE = corpus(clustered(1, 200, 8))
+NEWS = clustered(5, 40, 8)
+ASKED = clustered(7, 15, 8)
+
+
+def log_of(searcher: Searcher, store: Path) -> UpdateLog:
+    return UpdateLog.of(store, searcher.version)
+
+
+def with_changes(documents: EncodedCorpus, upserts: dict[str, np.ndarray], deleted: set[str]) -> EncodedCorpus:
+    """Return the corpus as it would be had it always been so."""
+    all_vectors = {**dict(zip(documents.ids, documents.vectors, strict=True)), **upserts}
+    kept = {doc_id: vector for doc_id, vector in all_vectors.items() if doc_id not in deleted}
+    return corpus(np.stack(list(kept.values())), ids=list(kept))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("outright", [True, False], ids=["few", "many"])
+def test_searching_after_updates_is_searching_the_changed_corpus(
+    name: str, outright: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replaced document found by its old vector, or a deleted one found at all, is a broken promise."""
+    if not outright:
+        monkeypatch.setattr(search_module, "_SCORED_OUTRIGHT", 0)
+        monkeypatch.setattr(search_module, "_BUDGET", 0)
+    build_index(BASE, KINDS[name], tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        gone = set(BASE.ids[5:60:5])
+        searcher.upsert([*BASE.ids[:10], *(f"e{i}" for i in range(10))], NEWS[:20])
+        searcher.delete(sorted({*gone, "e3", "never-there"}))
+        searcher.upsert(["e3", BASE.ids[5]], NEWS[20:22])
+        upserts = dict(zip([*BASE.ids[:10], *(f"e{i}" for i in range(10))], NEWS[:20], strict=True))
+        upserts |= {"e3": NEWS[20], BASE.ids[5]: NEWS[21]}
+        expected = with_changes(BASE, upserts, gone - {BASE.ids[5]})
+        assert searcher.count == len(expected.ids)
+        found = searcher.search(ASKED, 10)
+        together = searcher.search(ASKED, 300)
+        for query, ranking, whole in zip(ASKED, found, together, strict=True):
+            assert set(whole.doc_ids) == set(expected.ids)
+            right = brute_force(expected, query, 10)
+            if searcher.storage == "float32":
+                assert len(set(ranking.doc_ids) & set(right)) >= (10 if outright or name == "exact" else 9)
+                assert list(whole.doc_ids) == brute_force(expected, query, 300)
+            assert ranking.doc_ids == searcher.search(query[None], 10)[0].doc_ids
+            assert not set(ranking.doc_ids) & (gone - {BASE.ids[5]})
+
+
+def test_updates_are_there_after_reopening_and_in_other_searchers(tmp_path: Path) -> None:
+    """What only the process that wrote it can see is neither durable nor shared by the workers of one server."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    with Searcher.open(tmp_path) as writer, Searcher.open(tmp_path) as other:
+        writer.upsert(["new"], ASKED[:1])
+        assert other.search(ASKED[:1], 1)[0].doc_ids == ("new",)
+        other.delete(["new"])
+        assert writer.search(ASKED[:1], 1)[0].doc_ids != ("new",)
+        writer.upsert(["newer"], ASKED[:1])
+    with Searcher.open(tmp_path) as again:
+        assert again.search(ASKED[:1], 1)[0].doc_ids == ("newer",)
+        again.self_test()
+    assert inspect(tmp_path)["updates"] == 2
+
+
+def opened_with_fields(folder: Path, storage: list[str] | None = None) -> tuple[Searcher, EncodedCorpus, Documents]:
+    fields = {doc_id: {"title": f"title of {doc_id}", "year": 2000 + i % 5} for i, doc_id in enumerate(BASE.ids)}
+    collection = Documents(fields)
+    owned = collection.owned(BASE)
+    build_index(owned, IndexSpec(), folder, collection=collection, fields=storage or ["title", "year"])
+    return Searcher.open(folder), owned, collection
+
+
+def test_fields_and_filters_follow_the_updates(tmp_path: Path) -> None:
+    """A filter that still sees the old year of a replaced document, or an old title shown with a new vector."""
+    searcher, _, _ = opened_with_fields(tmp_path)
+    searcher.upsert([BASE.ids[0], "new"], ASKED[:2], [{"title": "changed", "year": 1999, "text": "not kept"}, {}])
+    assert searcher.fields(["new", BASE.ids[0], BASE.ids[1]], ["year", "title"]) == [
+        {},
+        {"year": 1999, "title": "changed"},
+        {"year": 2001, "title": f"title of {BASE.ids[1]}"},
+    ]
+    assert searcher.search(ASKED[:1], 5, filter=Eq("year", 1999))[0].doc_ids == (BASE.ids[0],)
+    assert BASE.ids[0] not in searcher.search(ASKED[:1], 300, filter=Eq("year", 2000))[0].doc_ids
+    searcher.delete([BASE.ids[0]])
+    assert len(searcher.search(ASKED[:1], 5, filter=Eq("year", 1999))[0]) == 0
+    with pytest.raises(DataError, match=f"no document '{BASE.ids[0]}'"):
+        searcher.fields([BASE.ids[0]], ["year"])
+
+
+@pytest.mark.parametrize(
+    ("ids", "vectors", "fields", "message"),
+    [
+        (["a"], NEWS[:1, :7], None, r"vectors of shape \(1, 7\)"),
+        (["a", "b"], NEWS[:1], None, "2 ids, vectors of shape"),
+        (["a"], NEWS[:1], [{}, {}], "2 sets of fields"),
+        (["a", "a"], NEWS[:2], None, "document 'a' comes twice"),
+        ([""], NEWS[:1], None, "id is empty"),
+        (["a b"], NEWS[:1], None, "white space"),
+        (["a"], NEWS[:1] * np.nan, None, "text 'a': its vector is not finite"),
+        (["a"], NEWS[:1], [{"year": "soon"}], "field 'year' holds int"),
+        (["a"], NEWS[:1], [{"yaer": 3}], "no field 'yaer' is stored, did you mean 'year'"),
+        (["a"], NEWS[:1], [{"title": "\ud800"}], "not valid Unicode"),
+    ],
+)
+def test_unusable_updates_change_nothing(
+    tmp_path: Path, ids: list[str], vectors: np.ndarray, fields: list[dict[str, Any]] | None, message: str
+) -> None:
+    """A log with a record that cannot be read again would make every later start fail."""
+    searcher, _, _ = opened_with_fields(tmp_path)
+    with pytest.raises(DataError, match=message):
+        searcher.upsert(ids, vectors, fields)
+    assert log_of(searcher, tmp_path).size == 0
+    assert searcher.count == len(BASE.ids)
+
+
+def test_vectors_of_another_length_are_refused_under_a_card_that_normalises(tmp_path: Path) -> None:
+    """A vector twice as long is the best answer to every question."""
+    from dataclasses import replace
+
+    unit = replace(BASE, card=replace(BASE.card, normalize=True))
+    build_index(unit, IndexSpec(), tmp_path)
+    with Searcher.open(tmp_path) as searcher, pytest.raises(DataError, match="not of unit length"):
+        searcher.upsert(["a"], NEWS[:1] * 2)
+
+
+def test_only_the_current_version_takes_updates(tmp_path: Path) -> None:
+    """An update to a version that nobody opens any more would be acknowledged and lost."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    with Searcher.open(tmp_path) as old:
+        build_index(BASE, IndexSpec("hnsw"), tmp_path)
+        with pytest.raises(ArtifactError, match="is current, not 0000000001-"):
+            old.upsert(["a"], NEWS[:1])
+
+
+def test_the_next_build_folds_updates_in_and_the_one_after_keeps_them(tmp_path: Path) -> None:
+    """A nightly build from a corpus that does not know of the updates would silently undo them."""
+    searcher, owned, collection = opened_with_fields(tmp_path)
+    names = ["title", "year"]
+    searcher.upsert([BASE.ids[3], "new"], ASKED[:2], [{"title": "changed", "year": 1}, {"year": 2}])
+    searcher.delete([BASE.ids[4]])
+    before = searcher.search(ASKED, 300)
+    second = build_index(owned, IndexSpec(), tmp_path, collection=collection, fields=names)
+    assert second.name != searcher.version
+    with Searcher.open(tmp_path) as folded:
+        assert folded.count == len(BASE.ids) == searcher.count
+        assert all(a.doc_ids == b.doc_ids for a, b in zip(folded.search(ASKED, 300), before, strict=True))
+        assert all(
+            a.scores.tobytes() == b.scores.tobytes() for a, b in zip(folded.search(ASKED, 300), before, strict=True)
+        )
+        assert folded.fields(["new", BASE.ids[3]], names) == [{"year": 2}, {"title": "changed", "year": 1}]
+        assert log_of(folded, tmp_path).size == 0
+        assert build_index(owned, IndexSpec(), tmp_path, collection=collection, fields=names) == second
+        folded.upsert(["newest"], NEWS[:1])
+    third = build_index(owned, IndexSpec("hnsw"), tmp_path, collection=collection, fields=names)
+    with Searcher.open(third) as folded:
+        assert folded.fields(["new", "newest"], ["year"]) == [{"year": 2}, {}]
+        assert folded.count == len(BASE.ids) + 1
+    fresh = build_index(owned, IndexSpec(), tmp_path, collection=collection, fields=names, discard_updates=True)
+    with Searcher.open(fresh) as bare:
+        assert bare.fields([BASE.ids[3], BASE.ids[4]], ["year"]) == [{"year": 2003}, {"year": 2004}]
+        assert bare.count == len(BASE.ids)
+    assert searcher.count == len(BASE.ids)
+    assert len(verify(tmp_path)) == 3
+
+
+def test_updates_that_come_while_a_build_runs_are_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build takes minutes; what is acknowledged meanwhile must be in the version that follows."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    searcher = Searcher.open(tmp_path)
+    searcher.upsert(["early"], ASKED[:1])
+    write = IndexStore._seal
+
+    def sealing(self: IndexStore, *arguments: Any) -> str:
+        searcher.upsert(["late"], ASKED[1:2])
+        searcher.delete(["early"])
+        return write(self, *arguments)
+
+    monkeypatch.setattr(IndexStore, "_seal", sealing)
+    build_index(BASE, IndexSpec("hnsw"), tmp_path)
+    with Searcher.open(tmp_path) as after:
+        assert after.version != searcher.version
+        assert after.search(ASKED[1:2], 1)[0].doc_ids == ("late",)
+        assert "early" not in after.search(ASKED[:1], 300)[0].doc_ids
+        assert inspect(tmp_path)["updates"] == 2
+        monkeypatch.undo()
+        retuned = retune(tmp_path, corpus(ASKED), 0.5)
+        with Searcher.open(retuned) as again:
+            assert again.search(ASKED[1:2], 1)[0].doc_ids == ("late",)
+
+
+def test_updates_by_another_encoder_are_not_folded_in(tmp_path: Path) -> None:
+    """Vectors of two spaces in one index are confident nonsense."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        searcher.upsert(["new"], NEWS[:1])
+    other = EncodedCorpus(BASE.ids, BASE.vectors, card(8, weights="other"), "x", "y")
+    with pytest.raises(DataError, match="its updates were encoded by 'documents', the corpus by 'documents'"):
+        build_index(other, IndexSpec(), tmp_path)
+    build_index(other, IndexSpec(), tmp_path, discard_updates=True)
+
+
+def test_deleting_everything_leaves_nothing_to_find_or_build(tmp_path: Path) -> None:
+    """The last document of an index is deleted like any other."""
+    build_index(BASE, IndexSpec("hnsw"), tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        searcher.delete(BASE.ids)
+        assert searcher.count == 0
+        assert len(searcher.search(ASKED[:1], 5)[0]) == 0
+        with pytest.raises(DataError, match="the updates delete every document"):
+            build_index(BASE, IndexSpec("hnsw"), tmp_path)
+        searcher.upsert(["new"], NEWS[:1])
+        assert searcher.search(ASKED[:1], 5)[0].doc_ids == ("new",)
+
+
+def test_collected_versions_take_their_logs_along(tmp_path: Path) -> None:
+    """Logs of versions that are gone would stay for ever."""
+    first = build_index(BASE, IndexSpec(), tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        searcher.upsert(["new"], NEWS[:1])
+        log = log_of(searcher, tmp_path).path
+    build_index(BASE, IndexSpec("hnsw"), tmp_path)
+    assert log.exists()
+    assert IndexStore(tmp_path).collect(keep=1) == [first.name]
+    assert not log.exists()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sets(st.sampled_from("abcde"), max_size=3), st.sets(st.sampled_from("abcde"), max_size=2)),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_the_sum_of_updates_is_their_sequence(steps: list[tuple[set[str], set[str]]]) -> None:
+    """What a restart replays must be what was seen before it, in whatever portions it was read."""
+    updates, state, touched = [], dict[str, float](), set[str]()
+    for number, (upserted, deleted) in enumerate(steps):
+        ids = sorted(upserted - deleted)
+        vectors = np.full((len(ids), 2), number, dtype=np.float32)
+        updates.append(Update(tuple(ids), vectors, tuple({"n": number} for _ in ids), tuple(sorted(deleted))))
+        for doc_id in deleted:
+            state.pop(doc_id, None)
+        state.update(dict.fromkeys(ids, float(number)))
+        touched |= upserted | deleted
+    whole = summed(updates)
+    assert dict(zip(whole.doc_ids, whole.vectors[:, 0].tolist(), strict=True)) == state
+    assert [fields["n"] for fields in whole.fields] == [state[doc_id] for doc_id in whole.doc_ids]
+    assert {*whole.doc_ids, *whole.deleted} == touched
+    for cut in range(len(updates) + 1):
+        parts = summed([summed(updates[:cut]), *updates[cut:]])
+        assert (parts.doc_ids, parts.deleted) == (whole.doc_ids, whole.deleted)
+        assert parts.vectors.tobytes() == whole.vectors.tobytes()
+
+
+def small_log(path: Path) -> tuple[UpdateLog, list[Update]]:
+    log = UpdateLog(path)
+    updates = [
+        Update(("a", "ü"), NEWS[:2], ({"title": "x\ny"}, {})),
+        Update((), np.empty((0, 8), np.float32), (), ("a",)),
+        Update(("b",), NEWS[2:3], ({"n": 1},), ("c",)),
+    ]
+    for update in updates:
+        log.append(update)
+    return log, updates
+
+
+def same(left: list[Update], right: list[Update]) -> bool:
+    return [one.to_bytes() for one in left] == [one.to_bytes() for one in right]
+
+
+def test_a_log_torn_at_every_byte_gives_its_whole_records_and_goes_on(tmp_path: Path) -> None:
+    """Power can fail after any byte; what was acknowledged before stays, and the next record must be readable."""
+    log, updates = small_log(tmp_path / "whole.log")
+    whole = log.path.read_bytes()
+    ends = [0]
+    for count in range(1, 4):
+        other = UpdateLog(tmp_path / f"{count}.log")
+        for update in updates[:count]:
+            other.append(update)
+        ends.append(other.size)
+    assert ends[-1] == len(whole)
+    for cut in range(len(whole) + 1):
+        for padding in (b"", b"\0" * 13):
+            torn = UpdateLog(tmp_path / "torn.log")
+            torn.path.write_bytes(whole[:cut] + (padding if cut < len(whole) else b""))
+            complete = sum(end <= cut for end in ends[1:])
+            read, at = torn.read()
+            assert same(read, updates[:complete]), cut
+            assert at == (ends[complete] or at)
+            torn.append(updates[1])
+            assert same(torn.read()[0], [*updates[:complete], updates[1]]), cut
+
+
+def test_a_flipped_bit_in_the_log_is_never_read_as_an_update(tmp_path: Path) -> None:
+    """Every bit of a record is under its checksum; before the last record it is an error that names the file."""
+    log, updates = small_log(tmp_path / "some.log")
+    whole = log.path.read_bytes()
+    last = UpdateLog(tmp_path / "two.log")
+    for update in updates[:2]:
+        last.append(update)
+    for at in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[at] ^= 0x10
+        log.path.write_bytes(flipped)
+        try:
+            read, _ = log.read()
+        except ArtifactError as error:
+            assert "some.log" in str(error)  # noqa: PT017
+            continue
+        assert same(read, updates[: len(read)]), at
+        # Only the last record, or a length that reaches past the end, can pass for a torn one.
+        assert len(read) < 3, at
+
+
+def test_a_reader_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    """Reading the whole log again for each update would make the thousandth a thousand times as dear."""
+    log = UpdateLog(tmp_path / "log")
+    first = Update(("a",), NEWS[:1], ({},))
+    log.append(first)
+    _, place = log.read()
+    assert log.read(place) == ([], place)
+    log.append(Update((), np.empty((0, 8), np.float32), (), ("a",)))
+    news, end = log.read(place)
+    assert [one.deleted for one in news] == [("a",)]
+    assert end == log.size
+
+
+def test_a_full_disk_keeps_what_was_acknowledged(tmp_path: Path) -> None:
+    """An update that fails must leave a log that the next one can be added to."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    script = """
+        import resource, signal, sys
+        from pathlib import Path
+        import numpy as np
+        from index.search import Searcher
+        from index.updates import UpdateLog
+        from retrieval_kd.errors import ArtifactError
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        store = Path(sys.argv[1])
+        searcher = Searcher.open(store)
+        vector = np.ones((1, 8), dtype=np.float32)
+        searcher.upsert(["kept"], vector)
+        log = UpdateLog.of(store, searcher.version)
+        size = log.size
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for room in (0, 5, 40):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, hard))
+            try:
+                searcher.upsert(["lost"], vector)
+                raise SystemExit("written")
+            except ArtifactError as error:
+                assert "cannot write the update" in str(error), error
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            assert log.size == size
+        searcher.upsert(["later"], vector)
+        assert [one.doc_ids for one in log.read()[0]] == [("kept",), ("later",)]
+    """
+    run_script(script, str(tmp_path))
+
+
+def run_script(script: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=TESTS.parent,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    """Acknowledged means on disk: a writer killed at any moment leaves every update it spoke of, and no half one."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    script = """
+        import sys
+        from pathlib import Path
+        import numpy as np
+        from index.search import Searcher
+
+        searcher = Searcher.open(Path(sys.argv[1]))
+        for number in range(10**6):
+            ids = [f"{sys.argv[2]}-{number}-{i}" for i in range(3)]
+            searcher.upsert(ids, np.full((3, 8), number, dtype=np.float32))
+            sys.stdout.write(f"{number}\\n")
+            sys.stdout.flush()
+    """
+    acknowledged = 0
+    for run in range(3):
+        command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), f"run{run}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TESTS.parent) as writer:
+            assert writer.stdout is not None
+            said = [writer.stdout.readline() for _ in range(20)]
+            os.kill(writer.pid, signal.SIGKILL)
+            said += writer.stdout.readlines()
+        numbers = [int(line) for line in said if line.endswith("\n")]
+        acknowledged += len(numbers)
+        with Searcher.open(tmp_path) as searcher:
+            assert numbers
+            found = log_of(searcher, tmp_path).read()[0]
+            ours = [one for one in found if one.doc_ids[0].startswith(f"run{run}-")]
+            assert len(ours) >= len(numbers)
+            assert all(len(one.doc_ids) == 3 and (one.vectors == i).all() for i, one in enumerate(ours))
+            assert len(found) >= acknowledged
+
+
+def test_writers_of_several_threads_take_turns(tmp_path: Path) -> None:
+    """Two records written into one another are two updates lost."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    searchers = [Searcher.open(tmp_path) for _ in range(3)]
+
+    def write(number: int) -> None:
+        for i in range(10):
+            searchers[number].upsert([f"t{number}-{i}"], NEWS[i : i + 1])
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(searcher.count == len(BASE.ids) + 30 for searcher in searchers)
+    assert len(UpdateLog.of(tmp_path, searchers[0].version).read()[0]) == 30
+
+
+def test_a_stranger_among_the_logs_is_refused(tmp_path: Path) -> None:
+    """Another program's file read as updates would be anything."""
+    version = build_index(BASE, IndexSpec(), tmp_path)
+    (tmp_path / UPDATES).mkdir(exist_ok=True)
+    (tmp_path / UPDATES / f"{version.name}.log").write_bytes(b"something else entirely")
+    with pytest.raises(ArtifactError, match="not a log of updates"):
+        Searcher.open(tmp_path)
