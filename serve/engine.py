@@ -24,6 +24,7 @@ from serve.limits import Limits
 from serve.metrics import Metrics
 
 T = TypeVar("T")
+_RERANKED_AT_ONCE = 16
 
 
 class TextEncoder(Protocol):
@@ -107,6 +108,7 @@ class Engine:
             ArtifactError: a folder is missing or torn.
         """
         from retrieval_kd.encoders.onnx import OnnxEncoder
+        from retrieval_kd.teachers.onnx_reranker import OnnxReranker
 
         return cls(
             OnnxEncoder.load(encoder, threads),
@@ -114,6 +116,7 @@ class Engine:
             limits,
             threads or os.cpu_count() or 1,
             metrics,
+            None if reranker is None else OnnxReranker.load(reranker, threads),
         )
 
     async def __aenter__(self) -> Self:
@@ -183,8 +186,14 @@ class Engine:
         return await asyncio.wrap_future(running)
 
     async def rerank(self, reranker: Reranker, query: str, texts: Sequence[str]) -> Vectors:
-        """Score texts against a query, float32 ``[len(texts)]``."""
-        return await asyncio.get_running_loop().run_in_executor(self._rerank_thread, reranker.score, query, texts)
+        """Score texts against a query, float32 ``[len(texts)]``.
+
+        A call that is given up ends within a few texts, and those of several callers take turns.
+        """
+        loop = asyncio.get_running_loop()
+        parts = [texts[start : start + _RERANKED_AT_ONCE] for start in range(0, len(texts), _RERANKED_AT_ONCE)]
+        scored = [await loop.run_in_executor(self._rerank_thread, reranker.score, query, part) for part in parts]
+        return np.concatenate(scored)
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         """Run on the pool; work that has not begun when the caller gives up never begins."""
