@@ -232,6 +232,7 @@ def sets_request(
     request = pb.SearchRequest(top_k=checked_top_k(top_k))
     if options is not None:
         request.options.CopyFrom(options.to_message())
+    request.sets.SetInParent()
     for sets, operation in ((like, pb.SET_OPERATION_INTERSECTION), (unlike, pb.SET_OPERATION_DIFFERENCE)):
         for texts in sets:
             members = [pb.SetMember(text=text) for text in checked_texts("search_sets", texts)]

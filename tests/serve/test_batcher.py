@@ -2,15 +2,17 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 import pytest
 
 from retrieval_kd.encoders.base import Vectors
-from serve.batcher import Encoded, MicroBatcher, Tokens
+from serve.batcher import QUERY_BATCHES, Encoded, MicroBatcher, Tokens
 from serve.errors import NotReadyError, OverloadedError
 from serve.limits import Limits
+from serve.metrics import Metrics
 
 Scenario = Callable[..., Awaitable[None]]
 
@@ -24,12 +26,14 @@ class Recorder:
         self.gate.set()
         self.busy = threading.Event()
         self.error = None
+        self.seconds = 0.0
 
     def __call__(self, rows: Sequence[Tokens]) -> Vectors:
         """Encode, once the gate is open."""
         self.batches.append([row[0] for row in rows])
         self.busy.set()
         assert self.gate.wait(10)
+        time.sleep(self.seconds)
         if self.error:
             raise self.error
         return np.array([[row[0]] for row in rows], dtype=np.float32)
@@ -208,3 +212,95 @@ def test_stopping_tells_those_who_wait() -> None:
             await batcher.encode([row(2)])
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+async def queue_documents(batcher: MicroBatcher, *requests: list[list[int]]) -> list[asyncio.Task[Encoded]]:
+    tasks = [asyncio.create_task(batcher.encode(rows, "document")) for rows in requests]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_queries_go_before_documents_that_came_first() -> None:
+    """Without it a bulk upload would make every search wait behind it."""
+
+    async def scenario(batcher: MicroBatcher, recorder: Recorder) -> None:
+        first = await hold(batcher, recorder)
+        documents = await queue_documents(batcher, [row(i) for i in range(10, 14)])
+        queries = await queue(batcher, [row(1)], [row(2)])
+        recorder.gate.set()
+        await asyncio.gather(first, *documents, *queries)
+        assert recorder.batches == [[0], [1, 2], [10, 11], [12, 13]]
+
+    run(scenario, batch_texts=2)
+
+
+def test_documents_get_their_turn_among_endless_queries() -> None:
+    """Without it an upload would never end on a server that is never idle."""
+
+    async def scenario(batcher: MicroBatcher, recorder: Recorder) -> None:
+        first = await hold(batcher, recorder)
+        documents = await queue_documents(batcher, [row(100)])
+        queries = await queue(batcher, *[[row(i)] for i in range(1, 13)])
+        recorder.gate.set()
+        await asyncio.gather(first, *documents, *queries)
+        place = recorder.batches.index([100])
+        assert place == QUERY_BATCHES  # the batch that was running is the first of them
+
+    run(scenario, batch_texts=1)
+
+
+def test_what_would_be_late_is_refused_on_arrival() -> None:
+    """Without it an overloaded server would spend its time on answers that nobody waits for any more."""
+
+    async def scenario(batcher: MicroBatcher, recorder: Recorder) -> None:
+        recorder.seconds = 0.05
+        await batcher.encode([row(1, 10)])  # 5 ms a token
+        first = await hold(batcher, recorder)
+        waiting = await queue(batcher, [row(2, 10)], [row(3, 10)])
+        with pytest.raises(OverloadedError, match="longer than the request may take") as refused:
+            await batcher.encode([row(4, 10)], seconds=0.05)
+        assert 0.05 <= refused.value.retry_after < 1
+        patient = asyncio.create_task(batcher.encode([row(5, 10)], seconds=10))
+        await asyncio.sleep(0)
+        recorder.gate.set()
+        await asyncio.gather(first, *waiting, patient)
+        assert all(4 not in batch for batch in recorder.batches)
+
+    run(scenario, batch_texts=1)
+
+
+def test_an_idle_encoder_takes_even_what_seems_too_slow() -> None:
+    """Without it one slow batch, such as the first, would have the server refuse everything for ever."""
+
+    async def scenario(batcher: MicroBatcher, recorder: Recorder) -> None:
+        recorder.seconds = 0.2
+        await batcher.encode([row(1)])
+        recorder.seconds = 0.0
+        assert values(await batcher.encode([row(2)], seconds=0.001)) == [2]
+
+    run(scenario)
+
+
+def test_what_is_dropped_and_batched_is_counted() -> None:
+    """Without it an operator could not tell a full queue from callers who give up."""
+    metrics = Metrics()
+
+    async def main() -> None:
+        recorder = Recorder()
+        async with MicroBatcher(recorder, Limits(max_queued_texts=2), metrics) as batcher:
+            first = await hold(batcher, recorder)
+            (left,) = await queue(batcher, [row(1)])
+            left.cancel()
+            await asyncio.sleep(0)
+            kept = await queue(batcher, [row(2), row(3)])
+            with pytest.raises(OverloadedError):
+                await batcher.encode([row(4)])
+            recorder.gate.set()
+            await asyncio.gather(first, *kept)
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    sample = metrics.registry.get_sample_value
+    assert sample("rkd_dropped_texts_total", {"reason": "abandoned"}) == 1
+    assert sample("rkd_dropped_texts_total", {"reason": "full"}) == 1
+    assert sample("rkd_batch_texts_sum") == 3
+    assert sample("rkd_queued", {"unit": "texts"}) == 0

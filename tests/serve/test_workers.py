@@ -151,7 +151,9 @@ def test_a_killed_parent_leaves_no_orphan_and_the_port_free(start: StartWorkers)
 @pytest.mark.slow
 def test_a_server_that_cannot_begin_says_why_and_leaves_nothing(start: StartWorkers, tmp_path: Path) -> None:
     """Without it a wrong path would have the supervisor start dying workers for ever."""
-    with pytest.raises(AssertionError, match=r"(?s)nowhere: no manifest.json.*worker [01] ended with 1 before it served"):
+    with pytest.raises(
+        AssertionError, match=r"(?s)nowhere: no manifest.json.*worker [01] ended with 1 before it served"
+    ):
         start("--workers", 2, "--reranker", tmp_path / "nowhere")
 
 
