@@ -122,6 +122,7 @@ class MicroBatcher:
         self._query_batches = 0
         self._arrival = asyncio.Event()
         self._seconds_per_token = 0.0
+        self._seconds_per_batch = 0.0
         self._running_tokens = 0
         self._running_since = 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
@@ -182,7 +183,9 @@ class MicroBatcher:
                     max(SHORTEST_RETRY, self._wait(side)),
                 )
         wait = self._wait(side)
-        if seconds is not None and wait > 0 and wait + _tokens_of(rows) * self._seconds_per_token > seconds:
+        # A text is done when its batch is, and a batch that waited is seldom a small one.
+        encoding = max(_tokens_of(rows) * self._seconds_per_token, self._seconds_per_batch)
+        if seconds is not None and wait > 0 and wait + encoding > seconds:
             self._metrics.dropped("late", len(rows))
             raise OverloadedError(
                 f"the encoder is busy for about {1e3 * wait:.0f} ms, longer than the request may take; try again later",
@@ -246,7 +249,7 @@ class MicroBatcher:
         running = asyncio.get_running_loop().run_in_executor(self._thread, self._run, [one.tokens for one in batch])
         await asyncio.wait([running])
         ended = time.perf_counter_ns()
-        self._learn((ended - started) / 1e9 / max(1, self._running_tokens))
+        self._learn((ended - started) / 1e9, self._running_tokens)
         self._running_tokens = 0
         error = running.exception()
         if error is not None:
@@ -257,9 +260,13 @@ class MicroBatcher:
             if not entry.done.done():
                 entry.done.set_result(_Done(vector, started, ended))
 
-    def _learn(self, seconds_per_token: float) -> None:
-        before = self._seconds_per_token or seconds_per_token
-        self._seconds_per_token = before + _NEWEST_WEIGHT * (seconds_per_token - before)
+    def _learn(self, seconds: float, tokens: int) -> None:
+        self._seconds_per_batch = _moved(self._seconds_per_batch, seconds)
+        self._seconds_per_token = _moved(self._seconds_per_token, seconds / max(1, tokens))
+
+
+def _moved(average: float, newest: float) -> float:
+    return average + _NEWEST_WEIGHT * (newest - average) if average else newest
 
 
 def _fail(entry: _Entry, error: BaseException) -> None:

@@ -12,11 +12,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterat
 from typing import Any, TypeAlias, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from serve.auth import Role, TokenFile, required_role
-from serve.errors import OverloadedError, to_status
+from serve.errors import InvalidRequestError, OverloadedError, Violation, to_status
 from serve.limits import Limits
 from serve.logs import ACCESS
 from serve.metrics import Metrics
@@ -26,6 +27,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Answer = Callable[[object, Context], Awaitable[object]]
 Stream = Callable[[AsyncIterator[object], Context], AsyncIterator[object]]
+Decode = Callable[[bytes], object]
 _HEALTH = "/grpc.health.v1.Health/"
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 _RETRY_SECONDS = 0.1
@@ -54,38 +56,39 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """Return the call's handler with the guard around it."""
+        """Return the call's handler with the guard around it.
+
+        Requests are decoded inside the guard: bytes that are no message are the caller's fault, and gRPC itself
+        would answer them with UNKNOWN and a trace in the log.
+        """
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
         if handler is None or method.startswith(_HEALTH):
             return handler
+        decode = _decoder(cast("Decode", handler.request_deserializer))
         if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, cast("Answer", handler.unary_unary)),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        return grpc.stream_stream_rpc_method_handler(
-            cast("Any", self._stream(method, cast("Stream", handler.stream_stream))),
-            handler.request_deserializer,
-            handler.response_serializer,
-        )
+            unary = self._unary(method, cast("Answer", handler.unary_unary), decode)
+            return grpc.unary_unary_rpc_method_handler(unary, None, handler.response_serializer)
+        stream = self._stream(method, cast("Stream", handler.stream_stream), decode)
+        return grpc.stream_stream_rpc_method_handler(cast("Any", stream), None, handler.response_serializer)
 
-    def _unary(self, method: str, answer: Answer) -> Answer:
+    def _unary(self, method: str, answer: Answer, decode: Decode) -> Callable[[bytes, Context], Awaitable[object]]:
         # Opening and checking an index may take minutes: how long an administrator waits is theirs to say.
         patient = required_role(method) is Role.ADMIN
 
-        async def guarded(request: object, context: Context) -> object:
+        async def guarded(request: bytes, context: Context) -> object:
             remaining = context.time_remaining()
             async with self._call(method, context, remaining if patient else self._limits.seconds_for(remaining)):
-                return await answer(request, context)
+                return await answer(decode(request), context)
 
         return guarded
 
-    def _stream(self, method: str, answer: Stream) -> Stream:
-        async def guarded(requests: AsyncIterator[object], context: Context) -> AsyncIterator[object]:
+    def _stream(
+        self, method: str, answer: Stream, decode: Decode
+    ) -> Callable[[AsyncIterator[bytes], Context], AsyncIterator[object]]:
+        async def guarded(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[object]:
             async with self._call(method, context, context.time_remaining()):
-                async for response in answer(requests, context):
+                async for response in answer((decode(request) async for request in requests), context):
                     yield response
 
         return guarded
@@ -96,6 +99,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         request_id = _request_id(metadata)
         began = time.perf_counter()
         code = "OK"
+        failed = None
         self._metrics.began()
         try:
             with self._tracer.span(method, metadata):
@@ -111,15 +115,17 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             code = "CANCELLED"
             raise
         except Exception as error:  # noqa: BLE001 - every failure becomes a status
-            status = to_status(error, request_id)
-            code = _CODES[status.code]
-            await _abort(context, status)
+            failed = to_status(error, request_id)
+            code = _CODES[failed.code]
         finally:
             took = time.perf_counter() - began
             self._metrics.ended(method, code, took)
             if ACCESS.isEnabledFor(logging.INFO):
                 fields = {"method": method, "code": code, "ms": round(1e3 * took, 3), "request_id": request_id}
                 ACCESS.info("call", extra={"fields": fields})
+        # Last: whoever reads the answer finds it counted.
+        if failed is not None:
+            await _abort(context, failed)
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -132,6 +138,16 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self._running -= 1
 
 
+def _decoder(decode: Decode) -> Decode:
+    def decoded(raw: bytes) -> object:
+        try:
+            return decode(raw)
+        except DecodeError as error:
+            raise InvalidRequestError([Violation("request", f"is not a message of this method ({error})")]) from None
+
+    return decoded
+
+
 def _request_id(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     """Return the caller's ``x-request-id``, or a new one when it has none fit for a log."""
     for key, value in metadata:
@@ -142,4 +158,8 @@ def _request_id(metadata: Iterable[tuple[str, str | bytes]]) -> str:
 
 async def _abort(context: Context, status: status_pb2.Status) -> None:
     final = rpc_status.to_status(status)
-    await context.abort(final.code, final.details, final.trailing_metadata)
+    try:
+        await context.abort(final.code, final.details, final.trailing_metadata)
+    except grpc.aio.InternalError:
+        # The caller has hung up. gRPC logs a trace of any other exception, one for each call of an overload.
+        raise asyncio.CancelledError from None

@@ -6,7 +6,8 @@ or in files of that folder. The supervisor of several workers sets it for them a
 
 from __future__ import annotations
 
-from wsgiref.simple_server import WSGIServer
+import contextlib
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -116,17 +117,23 @@ class Metrics:
         self._reloads.labels("failed").inc()
 
 
-def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> WSGIServer:
-    """Answer Prometheus on a port of its own, in a thread; the bound port is the server's ``server_port``.
+@contextlib.contextmanager
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> Iterator[int]:
+    """Answer Prometheus on a port of its own, in a thread, until the block ends; yield the bound port.
 
     Raises:
         ServeError: the port cannot be opened.
     """
     try:
-        server, _ = start_http_server(port, addr=host, registry=registry)
+        server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise ServeError(f"cannot serve metrics on {host}:{port} ({error.strerror}); give another port") from None
-    return server
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def merged_registry(folder: str) -> CollectorRegistry:

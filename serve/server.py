@@ -29,7 +29,6 @@ from serve.tracing import Tracer, open_tracer
 _log = logging.getLogger(__name__)
 _LOOPBACK = "127.0.0.1"
 _CONNECTION_OPTIONS = [
-    ("grpc.max_concurrent_streams", 256),
     # Behind a balancer that spreads connections, long-lived ones would keep new servers idle.
     ("grpc.max_connection_age_ms", 30 * 60_000),
     ("grpc.max_connection_age_grace_ms", 5 * 60_000),
@@ -120,7 +119,7 @@ async def serve(
         servers, bound = _open_servers(config, slot, checks, metrics, tracer)
         await _announce(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
         if config.metrics_port is not None and not config.reuse_port:
-            stack.callback(serve_metrics(metrics.registry, config.metrics_host, config.metrics_port).shutdown)
+            stack.enter_context(serve_metrics(metrics.registry, config.metrics_host, config.metrics_port))
         for server in servers:
             stack.push_async_callback(server.stop, None)
             await server.start()
@@ -148,6 +147,8 @@ def _open_servers(
     # Without so_reuseport=0 a second server on the same port starts in silence and takes half of the calls.
     options = [
         ("grpc.so_reuseport", int(config.reuse_port)),
+        # The transport refuses streams without saying when to come back, so our own bound comes first.
+        ("grpc.max_concurrent_streams", 2 * config.limits.max_concurrent_requests),
         *_CONNECTION_OPTIONS,
         *config.limits.message_options(),
     ]

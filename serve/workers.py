@@ -163,7 +163,10 @@ def run_workers(config: ServeConfig, on_ready: Callable[[int], None] | None = No
             folder = tempfile.mkdtemp(prefix="rkd-metrics-")
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             environment["PROMETHEUS_MULTIPROC_DIR"] = folder
-            stack.callback(_serve_merged(folder, config))
+            # Not at the top: where prometheus_client keeps its values is decided at its import.
+            from serve.metrics import merged_registry, serve_metrics
+
+            stack.enter_context(serve_metrics(merged_registry(folder), config.metrics_host, config.metrics_port))
         supervisor = _Supervisor(replace(config, port=port, threads=threads, reuse_port=True), environment)
 
         def stop(number: int, frame: object) -> None:
@@ -210,13 +213,6 @@ def _reserved_port(host: str, port: int) -> Iterator[int]:
                 f"({error.strerror}); give another one"
             ) from None
         yield port
-
-
-def _serve_merged(folder: str, config: ServeConfig) -> Callable[[], None]:
-    from serve.metrics import merged_registry, serve_metrics
-
-    assert config.metrics_port is not None
-    return serve_metrics(merged_registry(folder), config.metrics_host, config.metrics_port).shutdown
 
 
 def _forget_metrics(environment: dict[str, str], pid: int) -> None:

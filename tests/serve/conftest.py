@@ -12,6 +12,7 @@ from serve_fakes import FakeEncoder, FakeReranker, FakeSearcher, FakeSource, Run
 from serve.client import RetrievalClient
 from serve.config import ServeConfig
 from serve.engine import Engine
+from serve.indexes import StoreSource
 from serve.limits import Limits
 from serve.metrics import Metrics
 
@@ -35,13 +36,13 @@ def start(loop: asyncio.AbstractEventLoop) -> Iterator[Start]:
 
         def start(
             encoder: FakeEncoder | None = None,
-            searcher: FakeSearcher | FakeSource | None = None,
+            searcher: FakeSearcher | FakeSource | StoreSource | None = None,
             limits: Limits | None = None,
             reranker: FakeReranker | None = None,
             **options: object,
         ) -> Running:
             encoder, searcher, limits = encoder or FakeEncoder(), searcher or FakeSearcher(), limits or Limits()
-            source = searcher if isinstance(searcher, FakeSource) else FakeSource(searcher)
+            source = searcher if isinstance(searcher, FakeSource | StoreSource) else FakeSource(searcher)
             metrics = Metrics()
             config = ServeConfig(Path("store"), Path("encoder"), port=0, limits=limits, **options)
             running = Running(loop, lambda: Engine(encoder, source, limits, 2, metrics, reranker), config, metrics)

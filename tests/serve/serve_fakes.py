@@ -3,21 +3,26 @@
 import asyncio
 import hashlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
+from index.build import build_index
 from index.filters import Filter
 from index.kinds import Effort
+from retrieval_kd.collections.base import Document
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side, require_same_space
+from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.errors import ArtifactError, DataError
+from retrieval_kd.recipes.schema import IndexSpec
 from retrieval_kd.runs import Ranking, rank
 from serve.config import ServeConfig
 from serve.engine import Engine
-from serve.indexes import VersionSummary
+from serve.indexes import StoreSource, VersionSummary
 from serve.metrics import Metrics
 from serve.server import run_server, serve
 
@@ -256,10 +261,35 @@ class Running:
 Start = Callable[..., Running]
 
 
+class Documents:
+    """A collection of documents with fields and no queries."""
+
+    name = "documents"
+
+    def __init__(self, count: int) -> None:
+        self.fingerprint = self.corpus_fingerprint = f"{count}" * 8
+        self.texts = {f"doc-{i}": f"text {i}" for i in range(count)}
+
+    def documents(self) -> Iterator[Document]:
+        """Stream them."""
+        for i, (doc_id, text) in enumerate(self.texts.items()):
+            yield Document(doc_id, f"title {i}", text, {"number": i})
+
+
+def real_store(folder: Path, *counts: int) -> StoreSource:
+    """Build one index version for each count of documents, the last one current, with stored fields."""
+    for count in counts:
+        documents = Documents(count)
+        ids = sorted(documents.texts)
+        vectors = FakeEncoder().texts_vectors([documents.texts[doc_id] for doc_id in ids])
+        corpus = EncodedCorpus(ids, vectors, CARD, documents.fingerprint, documents.corpus_fingerprint)
+        build_index(corpus, IndexSpec("exact"), folder, CARD, collection=documents, fields=("title", "text", "number"))
+    return StoreSource(folder)
+
+
 if __name__ == "__main__":  # a server process for the tests of signals: serve_fakes.py READY_FILE SECONDS_PER_BATCH
     import sys
     import time
-    from pathlib import Path
 
     encoder = FakeEncoder()
     encode = encoder.run

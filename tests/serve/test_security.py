@@ -1,9 +1,6 @@
 """Tokens, roles, certificates: who is let in, who is not, and what a rotation does to those who are."""
 
 import datetime
-import os
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -60,9 +57,7 @@ def search_code(target: str, metadata: list[tuple[str, str]]) -> grpc.StatusCode
         [("x-token", f"Bearer {READ}")],
     ],
 )
-def test_no_token_and_wrong_tokens_are_refused_everywhere(
-    running: Running, metadata: list[tuple[str, str]]
-) -> None:
+def test_no_token_and_wrong_tokens_are_refused_everywhere(running: Running, metadata: list[tuple[str, str]]) -> None:
     """Fault: no token, wrong token. Without it an index of private documents is open to whoever finds the port."""
     with grpc.insecure_channel(running.target) as channel:
         calls = [
@@ -77,8 +72,8 @@ def test_no_token_and_wrong_tokens_are_refused_everywhere(
                 call(request, metadata=metadata)
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
             assert details(refused.value, error_details_pb2.ErrorInfo).reason == "UNAUTHENTICATED"
+        stream = rpc.RetrievalServiceStub(channel).StreamSearch(iter([pb.StreamSearchRequest()]), metadata=metadata)
         with pytest.raises(grpc.RpcError) as refused:
-            stream = rpc.RetrievalServiceStub(channel).StreamSearch(iter([pb.StreamSearchRequest()]), metadata=metadata)
             next(stream)
         assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
@@ -192,7 +187,10 @@ class Certificates:
     def issue(self, expires: datetime.datetime | None = None, authority: trustme.CA | None = None) -> None:
         """Write a new certificate and key over the old, as a rotation does."""
         issued = (authority or self.authority).issue_cert("localhost", "127.0.0.1", not_after=expires)
-        for path, blob in ((self.files.certificate, issued.cert_chain_pems[0]), (self.files.key, issued.private_key_pem)):
+        for path, blob in (
+            (self.files.certificate, issued.cert_chain_pems[0]),
+            (self.files.key, issued.private_key_pem),
+        ):
             partial = path.with_suffix(".tmp")
             blob.write_to_path(partial)
             partial.replace(path)

@@ -1,0 +1,256 @@
+"""What an operator sees: metrics, traces, JSON logs, the check before serving, the dashboard, drain and reload."""
+
+import asyncio
+import json
+import logging
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from serve_fakes import STRANGER, FakeEncoder, FakeSearcher, Running, Start
+
+from protos.dense.retrieval.v1 import retrieval_pb2 as pb
+from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
+from retrieval_kd.errors import ServeError
+from serve import server as server_module
+from serve.client import AsyncRetrievalClient, Options, RetrievalClient
+from serve.limits import Limits
+from serve.logs import ACCESS, JsonFormatter
+from serve.metrics import Metrics, serve_metrics
+from serve.tracing import NoTracer, OtelTracer, open_tracer
+
+ROOT = Path(__file__).resolve().parents[2]
+SEARCH = "/dense.retrieval.v1.RetrievalService/Search"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_calls_stages_and_the_served_version_are_counted(start: Start) -> None:
+    """Without it an operator learns of an outage from users."""
+    port = free_port()
+    running = start(metrics_port=port)
+    with RetrievalClient(running.target) as client:
+        for text in ("a", "b", "c"):
+            client.search(text)
+        with pytest.raises(ServeError):
+            client.search(" ")
+    sample = running.metrics.registry.get_sample_value
+    assert sample("rkd_requests_total", {"method": SEARCH, "code": "OK"}) == 3
+    assert sample("rkd_requests_total", {"method": SEARCH, "code": "INVALID_ARGUMENT"}) == 1
+    assert sample("rkd_request_seconds_count", {"method": SEARCH}) == 4
+    for stage in ("tokenize", "encode", "search"):
+        assert sample("rkd_stage_seconds_count", {"stage": stage}) == 3
+    assert sample("rkd_index_version") == 1
+    assert sample("rkd_index_documents") == 40
+    assert sample("rkd_requests_in_flight") == 0
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+        assert f'rkd_requests_total{{code="OK",method="{SEARCH}"}} 3.0' in page.read().decode()
+
+
+def test_a_call_that_is_cancelled_leaves_no_call_in_flight(start: Start, encoder: FakeEncoder) -> None:
+    """Without it the gauge would creep up until the bound on calls refuses everybody."""
+    running = start(encoder, limits=Limits(max_concurrent_requests=1))
+    with grpc.insecure_channel(running.target) as channel:
+        stub = rpc.RetrievalServiceStub(channel)
+        encoder.gate.clear()
+        encoder.busy.clear()
+        call = stub.Search.future(pb.SearchRequest(text="a", top_k=1))
+        assert encoder.busy.wait(10)
+        call.cancel()
+        time.sleep(0.2)
+        encoder.gate.set()
+        assert len(stub.Search(pb.SearchRequest(text="b", top_k=1)).hits) == 1
+    sample = running.metrics.registry.get_sample_value
+    assert sample("rkd_requests_in_flight") == 0
+    assert sample("rkd_requests_total", {"method": SEARCH, "code": "CANCELLED"}) == 1
+
+
+def test_a_taken_metrics_port_is_one_line() -> None:
+    """Without it the server would run blind, or end in a trace."""
+    with serve_metrics(Metrics().registry, "127.0.0.1", 0) as port:
+        second = serve_metrics(Metrics().registry, "127.0.0.1", port)
+        with pytest.raises(ServeError, match=f"cannot serve metrics on 127.0.0.1:{port}"):
+            second.__enter__()
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
+    """Collect what a server started with ``trace="memory"`` would send."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(server_module, "open_tracer", lambda endpoint: OtelTracer(provider) if endpoint else NoTracer())
+    return exporter
+
+
+def test_a_call_is_a_child_of_its_callers_span_and_says_where_its_time_went(
+    start: Start, spans: InMemorySpanExporter
+) -> None:
+    """Without it a slow page could not be followed into the search behind it."""
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with grpc.insecure_channel(start(trace="memory").target) as channel:
+        stub = rpc.RetrievalServiceStub(channel)
+        metadata = [("traceparent", f"00-{trace}-{parent}-01")]
+        stub.Search(pb.SearchRequest(text="secret words", top_k=1), metadata=metadata)
+        with pytest.raises(grpc.RpcError):
+            stub.Search(pb.SearchRequest(text=" ", top_k=1))
+    searched, refused = spans.get_finished_spans()
+    assert searched.name == SEARCH.lstrip("/")
+    assert f"{searched.context.trace_id:032x}" == trace
+    assert f"{searched.parent.span_id:016x}" == parent
+    assert searched.attributes["rpc.method"] == "Search"
+    assert searched.attributes["rkd.encode_ns"] > 0
+    assert not refused.status.is_ok
+    assert "secret" not in str(searched.to_json())
+
+
+def test_tracing_is_off_unless_a_collector_is_named() -> None:
+    """Without it every server would try to reach a collector that is not there."""
+    assert isinstance(open_tracer(None), NoTracer)
+    tracer = open_tracer("127.0.0.1:1")
+    assert isinstance(tracer, OtelTracer)
+    tracer.close()
+
+
+def test_json_logs_name_each_call_and_never_its_text(
+    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it private queries would lie in a log store for years, or a call could not be found at all."""
+    monkeypatch.setattr(ACCESS, "level", logging.INFO)
+    ACCESS.manager._clear_cache()
+    with caplog.at_level(logging.INFO), grpc.insecure_channel(start().target) as channel:
+        stub = rpc.RetrievalServiceStub(channel)
+        stub.Search(pb.SearchRequest(text="secret words", top_k=1), metadata=[("x-request-id", "r-17")])
+        with pytest.raises(grpc.RpcError):
+            stub.Search(pb.SearchRequest(text="secret words", top_k=0), metadata=[("x-request-id", "bad id")])
+    lines = [JsonFormatter().format(record) for record in caplog.records]
+    calls = [json.loads(line) for line in lines if '"serve.access"' in line]
+    assert [(call["method"], call["code"]) for call in calls] == [(SEARCH, "OK"), (SEARCH, "INVALID_ARGUMENT")]
+    assert calls[0]["request_id"] == "r-17"
+    assert re.fullmatch(r"[0-9a-f]{32}", calls[1]["request_id"])
+    assert calls[0]["ms"] > 0
+    assert not any("secret" in line for line in lines)
+    monkeypatch.undo()
+    ACCESS.manager._clear_cache()
+
+
+def test_a_logged_failure_keeps_its_trace_on_one_line() -> None:
+    """Without it a trace would be cut into lines that a log store takes for twenty messages."""
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        record = logging.LogRecord("serve", logging.ERROR, "", 0, "request %s failed", ("r",), sys.exc_info())
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    assert json.loads(line)["message"] == "request r failed"
+    assert "ValueError: broken" in json.loads(line)["trace"]
+
+
+def test_draining_says_not_serving_before_it_refuses(start: Start, encoder: FakeEncoder) -> None:
+    """Without it a load balancer would send calls to a server that already refuses them."""
+    running = start(encoder, drain_delay=0.6)
+    with grpc.insecure_channel(running.target) as channel, RetrievalClient(running.target) as client:
+        health = health_pb2_grpc.HealthStub(channel)
+        assert len(client.search("a").hits) == 10
+        running.begin_stop()
+        time.sleep(0.2)
+        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert len(client.search("a").hits) == 10
+    running.done.result(20)
+
+
+def dashboard() -> dict[str, object]:
+    return json.loads((ROOT / "ops" / "grafana-dashboard.json").read_text())
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    """Without it a renamed metric leaves an empty panel that looks like a quiet service."""
+    known = {sample.name for family in Metrics().registry.collect() for sample in family.samples}
+    known |= {f"{family.name}{end}" for family in Metrics().registry.collect()
+              for end in ("", "_total", "_bucket", "_count", "_sum")}  # fmt: skip
+    expressions = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
+    assert len(expressions) >= 8
+    for expression in expressions:
+        names = re.findall(r"rkd_\w+", expression)
+        assert names, expression
+        assert set(names) <= known, expression
+    shown = {name for expression in expressions for name in re.findall(r"rkd_\w+", expression)}
+    families = {family.name for family in Metrics().registry.collect()}
+    assert {
+        next(f for f in sorted(families, key=len, reverse=True) if name.startswith(f)) for name in shown
+    } == families
+
+
+def test_the_async_client_does_what_the_other_does(client: RetrievalClient, server: Running) -> None:
+    """Without it the two would drift apart, and one of them be wrong."""
+
+    async def main() -> None:
+        async with AsyncRetrievalClient(server.target) as own:
+            texts = ["a", "b b", "c"]
+            together = await asyncio.gather(*(own.search(text, top_k=4) for text in texts))
+            assert [result.hits for result in together] == [client.search(text, top_k=4).hits for text in texts]
+            options = Options(filter={"eq": {"number": 3}}, fields=["number"])
+            assert (await own.search("a", options=options)).hits == client.search("a", options=options).hits
+            assert [r.hits for r in await own.batch_search(texts, 2)] == [r.hits for r in client.batch_search(texts, 2)]
+            streamed = [result.hits async for result in own.search_stream(texts, 2)]
+            assert streamed == [result.hits for result in client.search_stream(texts, 2)]
+            assert (await own.embed(texts)).tolist() == client.embed(texts).tolist()
+            assert (await own.embed_stream(texts)).tolist() == client.embed(texts).tolist()
+            assert (await own.search_sets([["a"]], [["b"]])).hits == client.search_sets([["a"]], [["b"]]).hits
+            assert await own.server_info() == client.server_info()
+            assert await own.index() == client.index()
+            with pytest.raises(ServeError, match=r"search at .*: text: is blank"):
+                await own.search(" ")
+
+    asyncio.run(main())
+
+
+def test_a_batch_larger_than_the_server_takes_is_sent_in_pieces(client: RetrievalClient) -> None:
+    """Without it every caller would write that loop, and some would lose the last piece."""
+    texts = [f"text {i}" for i in range(300)]
+    results = client.batch_search(texts, 2)
+    assert len(results) == 300
+    assert results[299].hits == client.search(texts[299], top_k=2).hits
+
+
+def test_check_opens_everything_and_serves_nothing(tmp_path: Path) -> None:
+    """Without it a wrong path or a key that does not fit is found out during the rollout."""
+    verb = [sys.executable, "-m", "retrieval_kd.cli.main", "serve", tmp_path, "--encoder", tmp_path, "--check"]
+    done = subprocess.run([*map(str, verb)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert str(tmp_path) in done.stderr
+
+
+def test_a_wrong_encoder_never_serves_and_says_so(start: Start) -> None:
+    """Fault: wrong encoder at load. Without it vectors of another space rank nonsense in good order."""
+    with pytest.raises(Exception, match="cannot search documents encoded by 'fake'"):
+        start(FakeEncoder(STRANGER), FakeSearcher())
+
+
+def test_many_callers_share_one_async_connection(server: Running) -> None:
+    """Without it a web application would open a connection for each of its users."""
+
+    async def main() -> int:
+        async with AsyncRetrievalClient(server.target) as own:
+            results = await asyncio.gather(*(own.search(f"text {i}", top_k=1) for i in range(100)))
+        return len(results)
+
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(asyncio.run, main()).result(20) == 100
