@@ -1,4 +1,4 @@
-"""Two small plots as inline SVG: quality against latency, and training curves.
+"""Small plots as inline SVG: quality against cost, query by query, and training curves.
 
 The drawing takes its colours from the page's style sheet, so it follows dark mode and print, and its
 text stays text. Sizes are in CSS pixels; the page embeds one drawing for wide and one for narrow
@@ -8,6 +8,7 @@ screens instead of shrinking the letters.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -87,7 +88,7 @@ def pareto(marks: Sequence[Mark]) -> list[Mark]:
     return front
 
 
-def scatter(marks: Sequence[Mark], x_label: str, y_label: str, width: int, height: int) -> str:
+def scatter(marks: Sequence[Mark], x_label: str, y_label: str, width: int, height: int, unit: str = "ms") -> str:
     """Draw quality over cost (logarithmic) with intervals, and the Pareto front as a dashed line."""
     x_low, x_high = min(mark.x for mark in marks), max(mark.x for mark in marks)
     y_low, y_high = min(mark.low for mark in marks), max(mark.high for mark in marks)
@@ -101,8 +102,61 @@ def scatter(marks: Sequence[Mark], x_label: str, y_label: str, width: int, heigh
         parts.append(f'<polyline class="front" points="{line}"/>')
     parts += [_drawn(mark, x, y) for mark in marks]
     parts += _labels(marks, x, y, width)
-    names = ", ".join(f"{mark.name} {mark.y:.3f} at {mark.x:.3g} ms" for mark in sorted(marks, key=lambda m: m.x))
+    names = ", ".join(f"{mark.name} {mark.y:.3f} at {mark.x:.3g} {unit}" for mark in sorted(marks, key=lambda m: m.x))
     return _svg(width, height, f"{y_label} against {x_label}", f"From cheapest to dearest: {names}.", parts)
+
+
+def bubbles(
+    points: Sequence[tuple[float, float]], x_label: str, y_label: str, width: int, height: int, role: str = "student"
+) -> str:
+    """Draw one circle for each pair of values, its area the number of queries that have it, over the diagonal."""
+    counts = Counter((round(x, 3), round(y, 3)) for x, y in points)
+    top = max(1.0, *(value for point in points for value in point))
+    x, y = Axis(-0.04 * top, 1.04 * top, 52, width - 12), Axis(-0.04 * top, 1.04 * top, height - 46, 12)
+    largest = max(counts.values())
+    parts = [
+        _frame(x, y, x_label, y_label, width, height),
+        f'<path class="front" d="M{x.at(0):.1f} {y.at(0):.1f}L{x.at(top):.1f} {y.at(top):.1f}"/>',
+        f'<g class="mark query {escape(role, quote=True)}">',
+        *(
+            f'<circle cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="{2 + 12 * math.sqrt(count / largest):.1f}"/>'
+            for (a, b), count in counts.most_common()
+        ),
+        "</g>",
+    ]
+    above = sum(count for (a, b), count in counts.items() if b > a)
+    below = sum(count for (a, b), count in counts.items() if b < a)
+    told = f"{above} queries above the diagonal, {below} below, {len(points) - above - below} on it."
+    return _svg(width, height, f"{y_label} against {x_label}", told, parts)
+
+
+STYLE = """
+svg{--paper:#fff;--ink:#1b2330;--muted:#566173;--line:#dce1e8;--accent:#0b6e63;--teacher:#b1500f;--encoder:#2257b5;
+--server:#7a3fa3;--plain:#566173;--c0:#0b6e63;--c1:#2257b5;--c2:#b1500f;--c3:#7a3fa3;--c4:#8a6d00;--c5:#566173;
+background:#fff;font:12.5px system-ui,"Segoe UI",Roboto,Arial,"DejaVu Sans",sans-serif}
+"""
+"""Colours and type of a drawing that stands alone; inside the page they are the page's."""
+
+RULES = """
+svg text{fill:var(--ink)} svg .tick,svg .name{fill:var(--muted)} svg .label.mark{fill:var(--colour)}
+svg .label{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}
+svg path,svg polyline{fill:none} .grid{stroke:var(--line)} .axis{stroke:var(--muted)}
+.front{stroke:var(--muted);stroke-dasharray:5 4;stroke-width:1.4}
+.mark{--colour:var(--plain)} .mark.bi-encoder{--colour:var(--encoder)} .mark.reranker{--colour:var(--teacher)}
+.mark.student{--colour:var(--accent)} .mark.server{--colour:var(--server)}
+.mark circle{fill:var(--colour);stroke:var(--paper);stroke-width:1.5} .mark.query circle{fill-opacity:.65}
+.mark path{stroke:var(--colour);stroke-width:2;stroke-opacity:.55;stroke-linecap:round}
+.curve{stroke:var(--series);stroke-width:2;stroke-linejoin:round} .dot{fill:var(--series)}
+.s0{--series:var(--c0)} .s1{--series:var(--c1)} .s2{--series:var(--c2)}
+.s3{--series:var(--c3)} .s4{--series:var(--c4)} .s5{--series:var(--c5)}
+"""
+"""How the parts of a drawing look, in terms of the colours above: the page includes the same rules."""
+
+
+def standalone(drawing: str, width: int, height: int) -> str:
+    """Return a drawing as an SVG file of its own."""
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    return drawing.replace("<svg ", opening, 1).replace(">", f"><style>{STYLE}{RULES}</style>", 1) + "\n"
 
 
 def lines(
@@ -172,8 +226,10 @@ def _labels(marks: Sequence[Mark], x: Axis, y: Axis, width: int) -> list[str]:
     """Put each label on the side of its mark where it covers least."""
     taken = [_Box(x.at(m.x) - 7, y.at(m.y) - 7, x.at(m.x) + 7, y.at(m.y) + 7) for m in marks]
     out = []
+    letters = int(0.6 * width / _CHARACTER)
     for mark in sorted(marks, key=lambda mark: (-mark.y, mark.x)):
-        across, up, long = x.at(mark.x), y.at(mark.y), len(mark.name) * _CHARACTER
+        text = mark.name if len(mark.name) <= letters else f"{mark.name[: letters - 1]}…"
+        across, up, long = x.at(mark.x), y.at(mark.y), len(text) * _CHARACTER
         places = [
             (across + 11, up + 4),
             (across - 11 - long, up + 4),
@@ -194,7 +250,7 @@ def _labels(marks: Sequence[Mark], x: Axis, y: Axis, width: int) -> list[str]:
         left = min(max(places[best][0], x.start + 2), max(x.start + 2, width - long - 2))
         out.append(
             f'<text class="label mark {escape(mark.role, quote=True)}" x="{left:.1f}" y="{places[best][1]:.1f}">'
-            f"{escape(mark.name)}</text>"
+            f"{escape(text)}</text>"
         )
     return out
 

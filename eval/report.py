@@ -15,6 +15,7 @@ from typing import Any
 from eval.curves import read_curves
 from eval.page import render_page
 from eval.per_query import write_per_query
+from eval.pictures import write_pictures
 from eval.results import SystemResult
 from eval.significance import compare
 from retrieval_kd.artifacts import atomic_write, producers, write_json
@@ -42,7 +43,7 @@ def write_report(
     reference: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Write ``report.json``, ``report.html``, ``runs/<system>.trec`` and ``per_query/<system>.tsv``.
+    """Write ``report.json``, ``report.html``, ``plots``, ``runs/<system>.trec`` and ``per_query/<system>.tsv``.
 
     ``report.json`` comes last, so that a folder with it has everything it speaks of.
 
@@ -86,6 +87,7 @@ def write_report(
         "notes": list(notes),
         "reference": [dict(row) for row in reference],
         "agreements": [dict(entry) for entry in agreements],
+        "per_query": {system.name: _rounded(system, measures[0]) for system in systems} if baseline else {},
         "training": {name: read_curves(path) for name, path in (training or {}).items()},
         "provenance": {**(provenance or {}), "versions": versions(), "hardware": hardware()},
     }
@@ -96,6 +98,7 @@ def write_report(
         write_per_query(folder / "per_query" / f"{slug}.tsv", system.evaluation)
     with atomic_write(folder / REPORT_HTML) as file:
         file.write(render_page(report))
+    write_pictures(report, folder / "plots")
     write_json(folder / REPORT_JSON, report)
     return report
 
@@ -158,6 +161,13 @@ def _cpu_model() -> str:
         return platform.processor() or "unknown"
     found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
     return found.group(1) if found else platform.processor() or "unknown"
+
+
+def _rounded(system: SystemResult, measure: str) -> list[float]:
+    """Return one measure's values in the order of the queries, as a plot needs them; ``per_query`` has every digit."""
+    evaluation = system.evaluation
+    order = sorted(range(len(evaluation.query_ids)), key=evaluation.query_ids.__getitem__)
+    return [round(float(evaluation.values[measure][row]), 4) for row in order]
 
 
 def _require_comparable(systems: Sequence[SystemResult]) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from eval.curves import read_curves
+from eval.fidelity import Fidelity, agreement_entry
 from eval.measures import evaluate
 from eval.page import render_page
+from eval.reference import reference_rows
 from eval.report import write_report
 from eval.results import Facts, SystemResult
 from eval.tables import format_table, markdown_table
@@ -143,7 +147,7 @@ def test_page_is_self_contained_and_accessible(tmp_path: Path, systems: list[Sys
         by_tag.setdefault(tag, []).append(attributes)
     assert by_tag["html"][0]["lang"] == "en"
     assert all(attributes.get("scope") in ("row", "col") for attributes in by_tag["th"])
-    assert len(by_tag["svg"]) == 6
+    assert len(by_tag["svg"]) == 10
     assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in by_tag["svg"])
     assert "student <3 layers>" in page.text
     assert "<3 layers>" not in html
@@ -224,3 +228,44 @@ def test_a_bad_metrics_line_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(f'{{"event": "train", "step": 1, "loss": 1.0}}\n{line}\n')
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a metrics event"):
         read_curves(path)
+
+
+def test_plots_lie_beside_the_report_as_pictures(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """A picture for a README must open without the page: its own size, name space and colours."""
+    _write(tmp_path, systems, baseline="teacher encoder")
+    files = {path.name: path for path in (tmp_path / "plots").iterdir()}
+    assert set(files) == {"quality-latency.svg", "quality-latency.png", "queries-1.svg", "queries-2.svg"}
+    assert files["quality-latency.png"].read_bytes().startswith(b"\x89PNG")
+    root = ElementTree.fromstring(files["queries-1.svg"].read_text())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert (root.get("width"), root.get("height")) == ("420", "320")
+    assert "--accent:#0b6e63" in files["quality-latency.svg"].read_text()
+
+
+def test_cost_agreement_and_published_figures_have_their_sections(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """A section that is written and not shown, or shown empty, misleads."""
+    times = {"calls": 5, "p50_ms": 1.0, "p95_ms": 2.0, "p99_ms": 3.0, "max_ms": 4.0}
+    cost = {
+        "stages": {"total": times, "encode": times}, "queries_per_s": 120.0, "cpu_s_per_1000": 8.0,
+        "memory_bytes": 250e6, "peak_bytes": 300e6, "build_s": 2.0, "documents_per_s": None, "open_loop": None,
+        "cores": [0],
+    }  # fmt: skip
+    systems[2] = replace(systems[2], cost=cost)
+    entry = agreement_entry(
+        "student <3 layers>", "teacher encoder", Fidelity(12, 10, 0.5, 0.6, 0.7, 0.8, 0.1, 12), None
+    )
+    rows = reference_rows("scifact", "test", ("nDCG@10",))
+    report = _write(tmp_path, systems, baseline="teacher encoder", agreements=[entry], reference=rows)
+    html = (tmp_path / "report.html").read_text()
+    text = _page(html).text
+    for heading in ("Cost", "Agreement with teacher encoder", "Published figures", "Query by query"):
+        assert heading in text
+    assert "Not known: BM25, teacher encoder" in text
+    assert "github.com/embeddings-benchmark/results" in text
+    # Twelve of twelve queries are worse, so both differ from the baseline significantly.
+    assert text.count("▼") >= 4
+    assert (tmp_path / "plots/quality-memory.png").exists()
+    for section in ("agreements", "reference", "per_query"):
+        report.pop(section)
+    older = render_page({**report, "systems": [{k: v for k, v in s.items() if k != "cost"} for s in report["systems"]]})
+    assert not any(heading in older for heading in (">Cost<", "Published figures", "Query by query"))
