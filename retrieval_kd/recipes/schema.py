@@ -437,7 +437,8 @@ class StudentSpec:
         mode: ``asymmetric`` trains a query tower against the frozen document vectors of ``encoder``;
             ``symmetric`` trains one tower for both sides.
         kind: ``transformer`` keeps layers of ``encoder``; ``static`` keeps none: each token has one vector, at
-            first ``encoder``'s own of that token alone, and a text is their weighted mean.
+            first ``encoder``'s own of that token alone, and a text is their mean, weighted by how rare they are
+            in the collection.
         layers: Layers of ``encoder`` a transformer keeps, 0-based, increasing.
         pooling: How token states become one vector.
         projection: Add a linear map to the document encoder's width (always added when widths differ).

@@ -304,7 +304,8 @@ class Workspace:
         student = self.recipe.student
         card = self.start.card
         # A start that does not depend on the collection is shared between collections.
-        seen = self.collection.fingerprint if student.vocabulary.keep == "corpus" else ""
+        counted = student.kind == "static" or student.vocabulary.keep == "corpus"
+        seen = self.collection.fingerprint if counted else ""
         inputs = {"encoder": card.fingerprint, "name": card.name, "collection": seen}
         spec = Spec("cut", dataclasses.asdict(student), inputs)
         folder = self.folder(spec, f"cut the student out of {card.name}")

@@ -16,7 +16,7 @@ from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.static import ARCHITECTURE, StaticBody, without_special_tokens
 from retrieval_kd.encoders.torch_encoder import TorchEncoder, empty_linear, width_of
 from retrieval_kd.errors import RecipeError
-from retrieval_kd.recipes.schema import StudentSpec, VocabularySpec
+from retrieval_kd.recipes.schema import StudentSpec
 from retrieval_kd.students.static import token_table
 from retrieval_kd.students.vocabulary import Ids, kept_tokens, prune, token_counts
 
@@ -33,7 +33,7 @@ def build_student(
         start: The encoder the student is made from; they share nothing.
         spec: Mode, kind, layers, pooling, projection, dropout, Matryoshka sizes and vocabulary.
         target: The encoder whose width, and in asymmetric mode whose space, the student learns.
-        texts: Whose tokens ``spec.vocabulary`` keeps; read only if it does.
+        texts: Whose tokens ``spec.vocabulary`` keeps and a static student weighs; read only then.
 
     Returns:
         The student: a query encoder in the target's space, or a symmetric encoder of its own.
@@ -58,18 +58,21 @@ def build_student(
     )
     if spec.mode == "asymmetric":
         card = card.in_space_of(target, "query")
-    if spec.vocabulary.keep == "corpus":
-        start = prune(start, _kept(start, spec.vocabulary, texts))
-    student = _static(start, card) if spec.kind == "static" else _transformer(start, spec, card)
+    if spec.vocabulary.keep == "all":
+        counts = _counts(start, texts if spec.kind == "static" else ())
+    else:
+        counts = _counts(start, texts)
+        kept = kept_tokens(start.tokenizer_files[TOKENIZER], counts, spec.vocabulary)
+        start, counts = prune(start, kept), counts[kept]
+    student = _static(start, counts, card) if spec.kind == "static" else _transformer(start, spec, card)
     student.refresh_card()
     return student
 
 
-def _kept(start: TorchEncoder, spec: VocabularySpec, texts: Iterable[str]) -> Ids:
-    tokenizer = start.tokenizer_files[TOKENIZER]
+def _counts(start: TorchEncoder, texts: Iterable[str]) -> Ids:
     # Every text begins with one of the prefixes.
     prefixes = (start.card.query_prefix, start.card.document_prefix)
-    return kept_tokens(tokenizer, token_counts(tokenizer, itertools.chain(prefixes, texts)), spec)
+    return token_counts(start.tokenizer_files[TOKENIZER], itertools.chain(prefixes, texts))
 
 
 def _transformer(start: TorchEncoder, spec: StudentSpec, card: EncoderCard) -> TorchEncoder:
@@ -89,8 +92,8 @@ def _transformer(start: TorchEncoder, spec: StudentSpec, card: EncoderCard) -> T
     return TorchEncoder(body, projection, start.tokenizer_files, card)
 
 
-def _static(start: TorchEncoder, card: EncoderCard) -> TorchEncoder:
-    body = token_table(start)
+def _static(start: TorchEncoder, counts: Ids, card: EncoderCard) -> TorchEncoder:
+    body = token_table(start, counts)
     if body.width != card.dimension:
         with torch.no_grad():
             body.embeddings = nn.Parameter(_undisturbing(body.width, card.dimension)(body.embeddings))

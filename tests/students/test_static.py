@@ -37,10 +37,24 @@ def test_each_token_starts_as_the_encoders_vector_of_it_alone() -> None:
     """Without it the table could be off by one token, or lack the special tokens the encoder knows texts by."""
     start = tiny_encoder()
     student = build_student(start, STATIC, start.card)
+    table = student.body.embeddings.detach().numpy()
     alone = start.encode(WORDS, "query")
-    np.testing.assert_allclose(student.body.embeddings.detach().numpy()[4:], alone, atol=1e-6)
-    np.testing.assert_allclose(student.encode(WORDS, "query"), alone, atol=1e-6)
+    # Where nothing is counted, all tokens have the same share of the mean that was taken away.
+    np.testing.assert_allclose(table[4:] - table[4], alone - alone[0], atol=1e-6)
+    np.testing.assert_allclose(table.mean(axis=0), 0, atol=1e-6)
+    assert student.body.weights.unique().tolist() == [pytest.approx(1e-3 / (1e-3 + 1 / 64))]
     assert student.card.parameters == 64 * 16 + 64
+
+
+def test_rare_tokens_weigh_more_and_the_running_text_has_mean_zero() -> None:
+    """Without it "the" says as much as any word, which cost more than half of nDCG@10 before training."""
+    start = tiny_encoder()
+    body = build_student(start, STATIC, start.card, ["w0 w0 w0", "w1"]).body
+    np.testing.assert_allclose((0.75 * body.embeddings[4] + 0.25 * body.embeddings[5]).detach(), 0, atol=1e-6)
+    alone = start.encode(["w0", "w1"], "query")
+    np.testing.assert_allclose((body.embeddings[5] - body.embeddings[4]).detach(), alone[1] - alone[0], atol=1e-6)
+    weights = body.weights.detach().numpy()
+    np.testing.assert_allclose(weights[4:7], [1e-3 / 0.751, 1e-3 / 0.251, 1], rtol=1e-6)
 
 
 def test_vector_is_the_weighted_mean_of_unit_length_by_hand() -> None:
