@@ -261,6 +261,8 @@ def test_the_verbs_work_on_every_stage(tiny: Path, tmp_path: Path) -> None:
     assert mined["warmup"]["queries"] == 48
     trained = json.loads(run(tiny, "train", str(path), "--json"))
     assert [facts["steps"] for facts in trained.values()] == [6, 24, trained["hard"]["steps"]]
+    selection = trained["hard"]["selection"]
+    assert selection["kept"] + sum(selection["removed"].values()) == selection["lists"] == 48
     text = run(tiny, "mine", str(path))
     assert re.search(r"^stage +refreshed$", text, flags=re.MULTILINE)
     assert "scored above the percentiles" in text

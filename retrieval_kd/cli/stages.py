@@ -41,7 +41,8 @@ def train(
     from retrieval_kd.artifacts import Artifact
 
     def trained(stage: TrainingStage) -> Mapping[str, Any]:
-        return {"student": str(stage.folder), **Artifact.load(stage.folder).summary}
+        selected = {} if stage.selected is None else {"selection": stage.selected.summary}
+        return {"student": str(stage.folder), **selected, **Artifact.load(stage.folder).summary}
 
     _emit_stages(open_workspace(recipe, overrides, artifacts), trained, as_json)
 

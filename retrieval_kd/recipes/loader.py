@@ -61,6 +61,8 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{source}: a recipe is a mapping of keys, this is {type(raw).__name__}; mend the file")
     for assignment in overrides:
         _override(raw, assignment)
+    if isinstance(raw.get("stages"), dict):
+        raise RecipeError("stages: not a list; a recipe without stages has their keys itself, such as schedule.epochs")
     if isinstance(raw.get("stages"), list):
         raw["stages"] = [_inheriting(stage, raw) for stage in raw["stages"]]
     recipe: Recipe = _read(Recipe, raw, "")

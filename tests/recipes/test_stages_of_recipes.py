@@ -30,6 +30,12 @@ stages:
 """
 
 
+def test_a_recipe_without_stages_says_so() -> None:
+    """Without it --set stages.warmup.schedule.epochs=1 would be told to write a list."""
+    with pytest.raises(RecipeError, match=r"a recipe without stages has their keys itself, such as schedule\.epochs"):
+        load_recipe("margin_mse", ["stages.warmup.schedule.epochs=1"])
+
+
 @pytest.fixture
 def staged(tmp_path: Path) -> str:
     """A recipe of two stages."""
