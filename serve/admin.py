@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -14,7 +14,7 @@ from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd.errors import DataError
 from serve.engine import EngineSlot
 from serve.errors import InvalidRequestError, Violation
-from serve.indexes import WritableSearcher
+from serve.indexes import DocumentSearcher
 from serve.limits import Limits
 from serve.validate import delete_violations, upsert_violations
 from serve.vectors import from_message
@@ -57,14 +57,7 @@ class IndexAdmin(rpc.IndexAdminServiceServicer):
         vectors = np.stack([from_message(one.vector) if one.HasField("vector") else next(encoded) for one in documents])
         ids = [document.doc_id for document in documents]
         fields = [_fields(document) for document in documents]
-
-        def write(searcher: WritableSearcher) -> None:
-            try:
-                searcher.upsert(ids, vectors, fields)
-            except DataError as error:
-                raise InvalidRequestError([Violation("documents", str(error))]) from error
-
-        version, count = await engine.index.write(write)
+        version, count = await self._write("documents", lambda searcher: searcher.upsert(ids, vectors, fields))
         return pb.UpsertDocumentsResponse(index_version=version, document_count=count)
 
     async def DeleteDocuments(  # noqa: N802
@@ -73,8 +66,14 @@ class IndexAdmin(rpc.IndexAdminServiceServicer):
         """Remove documents."""
         _refuse(delete_violations(request, self._limits))
         ids = list(request.doc_ids)
-        version, count = await self._slot.engine.index.write(lambda searcher: searcher.delete(ids))
+        version, count = await self._write("doc_ids", lambda searcher: searcher.delete(ids))
         return pb.DeleteDocumentsResponse(index_version=version, document_count=count)
+
+    async def _write(self, field: str, change: Callable[[DocumentSearcher], None]) -> tuple[str, int]:
+        try:
+            return await self._slot.engine.index.write(change)
+        except DataError as error:
+            raise InvalidRequestError([Violation(field, str(error))]) from error
 
 
 def _refuse(violations: Sequence[Violation]) -> None:

@@ -80,8 +80,8 @@ class PreconditionError(ServeError):
         self.subject = subject
 
 
-class PublishError(ServeError):
-    """The store's pointer could not be moved; what was current is unchanged."""
+class StoreError(ServeError):
+    """The store could not be changed; what was there stays."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ _TABLE: dict[type[Exception], _Row] = {
     UnknownError: _Row(grpc.StatusCode.NOT_FOUND, "NOT_FOUND"),
     PreconditionError: _Row(grpc.StatusCode.FAILED_PRECONDITION, "PRECONDITION_FAILED"),
     EncoderMismatch: _Row(grpc.StatusCode.FAILED_PRECONDITION, "ENCODER_MISMATCH"),
-    PublishError: _Row(grpc.StatusCode.ABORTED, "PUBLISH_FAILED"),
+    StoreError: _Row(grpc.StatusCode.ABORTED, "STORE_UNCHANGED"),
     ArtifactError: _Row(grpc.StatusCode.DATA_LOSS, "DAMAGED_INDEX"),
     TimeoutError: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
 }

@@ -15,13 +15,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.errors import ArtifactError, RkdError
 from retrieval_kd.runs import Ranking
-from serve.errors import NotReadyError, PreconditionError, PublishError, UnknownError
+from serve.errors import NotReadyError, StoreError, UnknownError
 from serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -73,6 +73,12 @@ class DocumentSearcher(Protocol):
     def fields(self, doc_ids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
         """Return the named stored fields of each document; an unknown name is a DataError."""
 
+    def upsert(self, ids: Sequence[str], vectors: Vectors, fields: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Add documents or replace them; durable and visible on return."""
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove documents; durable and no longer found on return."""
+
     def check_query_encoder(self, card: EncoderCard) -> None:
         """Refuse an encoder of another space."""
 
@@ -81,17 +87,6 @@ class DocumentSearcher(Protocol):
 
     def close(self) -> None:
         """Let go of the version's files."""
-
-
-@runtime_checkable
-class WritableSearcher(Protocol):
-    """An index version that takes changes of single documents."""
-
-    def upsert(self, ids: Sequence[str], vectors: Vectors, fields: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Add documents or replace them; durable and visible on return."""
-
-    def delete(self, ids: Sequence[str]) -> None:
-        """Remove documents; durable and no longer found on return."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +255,7 @@ class IndexHost:
 
         Raises:
             UnknownError: the store has no such version.
-            PublishError: the store's pointer cannot be moved.
+            StoreError: the store's pointer cannot be moved.
             RkdError: as :meth:`follow`; in every case the version that was served stays.
         """
         async with self._swapping:
@@ -275,20 +270,18 @@ class IndexHost:
                 raise UnknownError(VERSION, "", f"no version is older than {served}; publish another one by name")
             return await self._publish(older[-1])
 
-    async def write(self, work: Callable[[WritableSearcher], None]) -> tuple[str, int]:
+    async def write(self, work: Callable[[DocumentSearcher], None]) -> tuple[str, int]:
         """Change documents of the version being served; no other version takes its place meanwhile.
 
         Returns:
             The version's name and how many documents can be found from now on.
 
         Raises:
-            PreconditionError: the version takes no changes.
+            StoreError: the change cannot be written.
         """
         async with self._swapping:
             with self.hold() as handle:
                 searcher = handle.searcher
-                if not isinstance(searcher, WritableSearcher):
-                    raise PreconditionError("index", f"index version {searcher.version} takes no changes; build anew")
                 # Once begun it ends, whether or not the caller waits: the handle has to stay held until then.
                 writing = asyncio.ensure_future(asyncio.to_thread(work, searcher))
                 try:
@@ -296,6 +289,9 @@ class IndexHost:
                 except asyncio.CancelledError:
                     await asyncio.wait([writing])
                     raise
+                except ArtifactError as error:
+                    raise StoreError(str(error)) from error
+                self._metrics.documents(searcher.count)
                 return searcher.version, searcher.count
 
     async def _publish(self, version: str) -> tuple[str, str]:
@@ -310,7 +306,7 @@ class IndexHost:
             if opened is not None:
                 opened.close()
             if isinstance(error, ArtifactError):
-                raise PublishError(str(error)) from error
+                raise StoreError(str(error)) from error
             raise
         if opened is not None:
             self._swap(opened)

@@ -110,7 +110,11 @@ class Metrics:
         """Tell which version is served; its name begins with its number."""
         self._reloads.labels("ok").inc()
         self._version.set(int(version.split("-")[0]))
-        self._documents.set(documents)
+        self.documents(documents)
+
+    def documents(self, count: int) -> None:
+        """Tell how many documents can be found."""
+        self._documents.set(count)
 
     def index_refused(self) -> None:
         """Count a version that could not be opened or failed its test."""

@@ -157,6 +157,9 @@ class Rerank(_Servicer, rpc.RerankServiceServicer):
             version = handle.searcher.version
             if stored:
                 texts |= await engine.on_index(handle, lambda searcher: _stored_texts(searcher, stored))
+        for doc_id, text in texts.items():
+            if not text:
+                raise UnknownError("dense.retrieval/text", doc_id, f"the index stores no text of {doc_id!r}; send it")
         started = time.perf_counter_ns()
         logits = await engine.rerank(reranker, request.query, list(texts.values()))
         timings = pb.Timings(rescore_ns=time.perf_counter_ns() - started)
@@ -318,10 +321,25 @@ def _search(searcher: DocumentSearcher, vectors: Vectors, k: int, options: pb.Se
 
 def _fields(searcher: DocumentSearcher, rankings: Sequence[Ranking], wanted: Sequence[str]) -> Sequence[Fields]:
     names = list(searcher.field_types) if "*" in wanted else list(wanted)
+    unknown = [name for name in names if name not in searcher.field_types]
+    if unknown:
+        known = ", ".join(searcher.field_types) or "none"
+        _refuse([Violation("options.fields", f"no field {unknown[0]!r} is stored; the index stores {known}")])
+    return [_stored(searcher, ranking.doc_ids, names) for ranking in rankings]
+
+
+def _stored(searcher: DocumentSearcher, doc_ids: Sequence[str], names: Sequence[str]) -> Fields:
+    """Return documents' stored fields; one that was deleted since it was found has none."""
     try:
-        return [searcher.fields(ranking.doc_ids, names) for ranking in rankings]
-    except DataError as error:
-        raise InvalidRequestError([Violation("options.fields", str(error))]) from error
+        return searcher.fields(doc_ids, names)
+    except DataError:
+        found: list[Mapping[str, Any]] = []
+        for doc_id in doc_ids:
+            try:
+                found += searcher.fields([doc_id], names)
+            except DataError:
+                found.append({})
+        return found
 
 
 async def _reranked(
@@ -337,17 +355,13 @@ async def _reranked(
 def _stored_texts(searcher: DocumentSearcher, doc_ids: Sequence[str]) -> dict[str, str]:
     """Return the stored title and text of documents, joined by a space as the encoder has read them."""
     names = [name for name in TEXT_FIELDS if name in searcher.field_types]
-    try:
-        stored = searcher.fields(doc_ids, names)
-    except DataError as error:
-        raise PreconditionError("documents", f"the index cannot give their texts ({error}); send the texts") from error
-    texts = {}
-    for doc_id, fields in zip(doc_ids, stored, strict=True):
-        text = " ".join(str(fields[name]) for name in names if fields.get(name))
-        if not text:
-            raise UnknownError("dense.retrieval/text", doc_id, f"the index stores no text of {doc_id!r}; send it")
-        texts[doc_id] = text
-    return texts
+    if not names:
+        raise PreconditionError("texts", "the index stores neither title nor text; build it with them, or send texts")
+    stored = _stored(searcher, doc_ids, names)
+    return {
+        doc_id: " ".join(str(fields[name]) for name in names if fields.get(name))
+        for doc_id, fields in zip(doc_ids, stored, strict=True)
+    }
 
 
 def _reranker(engine: Engine) -> Reranker:

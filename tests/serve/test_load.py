@@ -71,7 +71,7 @@ def test_overload_is_refused_quickly_and_goodput_holds(start: Start) -> None:
     assert other == []
     assert all(seconds is not None and seconds > 0 for seconds in advice)
     assert len(refused) > total / 3
-    assert np.median(refused) < deadline / 3, "a refusal that comes late helps nobody"
+    assert np.median(refused) < np.median(answered), "a refusal that comes late helps nobody"
     assert len(answered) > 0.5 * capacity * 2.5, "goodput under overload"
     assert len(overshoot) < total / 20, "work that is admitted is done in time"
     assert max(answered + overshoot) < deadline + 0.4

@@ -520,8 +520,8 @@ class SearchOptions(_message.Message):
     exact: _builtins.bool
     """Compare the query with every document, whatever the index's kind."""
     rerank_depth: _builtins.int
-    """How many of the best documents the reranker orders again, at most Limits.max_rerank_documents; their
-    text must be stored. 0 reranks none.
+    """How many of the best documents the reranker orders again, top_k to Limits.max_rerank_documents; the
+    index must store their text, and a document without one is read as empty. 0 reranks none.
     """
     @_builtins.property
     def filter(self) -> Global___Filter:
