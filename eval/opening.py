@@ -86,6 +86,11 @@ class Opener:
                 system = self._server(spec, collection)
             case "run":
                 system = RunSystem.read(Path(spec.target).name, Path(spec.target), documents, qrels)
+            case "pyserini":
+                from eval.lucene import LuceneSystem
+
+                (k1,), (b,) = spec.numbers("k1", "0.9"), spec.numbers("b", "0.4")
+                system = LuceneSystem(spec.target, k1, b)
             case "rerank":
                 system = self._rerank(spec, collection, *runs[spec.components[0]])
             case _:

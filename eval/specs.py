@@ -24,6 +24,7 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
     "index": ("encoder",),
     "server": (),
     "run": (),
+    "pyserini": ("k1", "b"),
     "rerank": ("over", "depth", "max_length"),
     "rrf": ("k",),
     "weighted": ("weights", "normalise"),
@@ -98,9 +99,9 @@ class SystemSpec:
             raise DataError(f"--system {self}: {key} {text!r} is not a whole number of at least 1")
         return int(text)
 
-    def numbers(self, key: str) -> list[float]:
+    def numbers(self, key: str, default: str = "") -> list[float]:
         """Return an option such as ``0.3+0.7`` as numbers."""
-        text = self.options.get(key, "")
+        text = self.options.get(key, default)
         try:
             return [float(part) for part in text.split("+")]
         except ValueError:

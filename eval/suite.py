@@ -28,9 +28,10 @@ from retrieval_kd.collections.irds import PREFIX
 from retrieval_kd.collections.open import open_collection
 from retrieval_kd.errors import DataError, did_you_mean
 from retrieval_kd.recipes.schema import CollectionSpec
-from retrieval_kd.runs import Run
+from retrieval_kd.runs import Run, write_qrels
 
 SUMMARY_JSON = "summary.json"
+QRELS_TXT = "qrels.txt"
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def run_suite(
     """Measure every system on every collection and write a report for each.
 
     One collection's report lies in ``out`` itself; of several, each has a folder there, and
-    ``summary.json`` has the mean over the sets.
+    ``summary.json`` has the mean over the sets. ``qrels.txt`` and the runs are what trec_eval reads.
 
     Args:
         collections: Folders, ``irds:`` ids, or folders of collections.
@@ -249,6 +250,7 @@ def _measure(
         agreements=_agreements(systems, runs, setup.teacher, queries) if setup.teacher else (),
         seed=setup.seed,
     )
+    write_qrels(out / QRELS_TXT, qrels)
     if setup.teacher and setup.max_loss is not None:
         evaluations = {result.name: result.evaluation for result in results}
         for comparison in compare(evaluations, names[setup.teacher], setup.measures[0], setup.seed):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval import formats
+from eval.reproduce import Outcome
 from eval.results import SystemResult
 
 Report = Mapping[str, Any]
 _NO_FOLDING = 1000
+_LATEX = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$"}
 
 
 def format_report(report: Report) -> str:
@@ -89,6 +92,67 @@ def markdown_table(report: Report) -> str:
         caption(report),
     ]
     return "\n".join(lines)
+
+
+def csv_table(report: Report) -> str:
+    """Return the systems as CSV with full digits: mean, interval and cost of each, one system a line."""
+    import csv
+
+    measures = report["measures"]
+    columns = ["params", "encode_ms_p50", "query_ms_p50", "query_ms_p95", "bytes_per_doc"]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    bounds = [heading for measure in measures for heading in (measure, f"{measure} low", f"{measure} high")]
+    writer.writerow(["collection", "split", "queries", "system", "role", *bounds, *columns])
+    for row in report["systems"]:
+        values = [value for measure in measures for value in (row[measure], *row["intervals"][measure])]
+        costs = ["" if row[column] is None else row[column] for column in columns]
+        writer.writerow(
+            [report["collection"], report["split"], row["queries"], row["name"], row["role"], *values, *costs]
+        )
+    return out.getvalue().rstrip("\n")
+
+
+def latex_table(report: Report) -> str:
+    """Return the systems as a LaTeX table for the booktabs package, the caption with what was averaged."""
+    measures = report["measures"]
+    best = {measure: max(row[measure] for row in report["systems"]) for measure in measures}
+    lines = [
+        r"\begin{table}",
+        rf"\caption{{{_latex(caption(report))}}}",
+        rf"\begin{{tabular}}{{l{'r' * (len(measures) + 1)}}}",
+        r"\toprule",
+        " & ".join(["system", *(_latex(measure) for measure in measures), "ms"]) + r" \\",
+        r"\midrule",
+    ]
+    for row in report["systems"]:
+        cells = [
+            rf"\textbf{{{formats.quality(row[m])}}}" if row[m] == best[m] else formats.quality(row[m]) for m in measures
+        ]
+        lines.append(
+            " & ".join([_latex(row["name"]), *cells, _latex(formats.milliseconds(row["query_ms_p50"]))]) + r" \\"
+        )
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"])
+
+
+def _latex(text: str) -> str:
+    return re.sub(r"[\\&%$#_{}–±]", lambda found: _LATEX.get(found[0], rf"\{found[0]}"), text)
+
+
+def outcome_table(outcomes: Sequence[Outcome]) -> str:
+    """Return reproduced figures as plain text, each with its mark."""
+    rows = [
+        [
+            outcome.table,
+            " / ".join(filter(None, [outcome.expected.set, outcome.expected.system])),
+            outcome.expected.measure,
+            f"{outcome.expected.value:.4f} ±{outcome.expected.tolerance:g}",
+            "–" if outcome.found is None else f"{outcome.found:.4f}",
+            "same" if outcome.ok else outcome.problem or "DIFFERS",
+        ]
+        for outcome in outcomes
+    ]
+    return plain_table(["table", "system", "measure", "expected", "now", ""], rows)
 
 
 def format_costs(report: Report) -> str:

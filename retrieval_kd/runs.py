@@ -113,6 +113,13 @@ def write_trec(path: Path, run: Run, tag: str) -> None:
                 file.write(f"{query_id} Q0 {doc_id} {position} {score:.9g} {tag}\n")
 
 
+def write_qrels(path: Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
+    """Write ``query-id 0 doc-id grade`` lines, as trec_eval reads judgements."""
+    with atomic_write(path) as file:
+        for query_id, grades in qrels.items():
+            file.writelines(f"{query_id} 0 {doc_id} {grade}\n" for doc_id, grade in grades.items())
+
+
 def read_trec(path: Path) -> dict[str, Ranking]:
     """Read a TREC run; the rank column is ignored, the order comes from :func:`rank`.
 

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,16 @@ from retrieval_kd.cli.common import ARTIFACTS, AsJson, announce
 if TYPE_CHECKING:
     from eval.specs import SystemSpec
     from eval.suite import Setup
+
+
+class TableStyle(StrEnum):
+    """How a table is written."""
+
+    text = "text"
+    markdown = "markdown"
+    csv = "csv"
+    latex = "latex"
+
 
 app = typer.Typer(help="Measure systems on collections; compare them; put reports side by side.", no_args_is_help=True)
 
@@ -28,7 +39,7 @@ Systems = Annotated[
         "--system",
         metavar="[NAME=]KIND:TARGET[,KEY=VALUE]",
         help="bm25 | model:MODEL[,dim=N] | pair:QUERY_MODEL,documents=MODEL | index:STORE[,encoder=DIR] | "
-        "server:HOST:PORT | run:FILE | rerank:MODEL,over=NAME[,depth=N] | rrf:NAME+NAME[,k=N] | "
+        "server:HOST:PORT | run:FILE | pyserini:INDEX | rerank:MODEL,over=NAME[,depth=N] | rrf:NAME+NAME[,k=N] | "
         "weighted:NAME+NAME,weights=W+W[,normalise=minmax|zscore|none]; may be repeated.",
     ),
 ]
@@ -163,18 +174,61 @@ def msmarco(
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders with a report.json each, of one collection.")],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    style: Annotated[
+        TableStyle, typer.Option("--format", help="How the table is written; --json prints the whole report.")
+    ] = TableStyle.text,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Short for --format markdown.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Put the systems of several reports into one table."""
     from eval.report import merge_reports
-    from eval.tables import format_report, markdown_table
+    from eval.tables import csv_table, format_report, latex_table, markdown_table
 
     merged = merge_reports(folders)
     if as_json:
         typer.echo(json.dumps(merged, ensure_ascii=False))
+        return
+    write = {
+        TableStyle.text: format_report,
+        TableStyle.markdown: markdown_table,
+        TableStyle.csv: csv_table,
+        TableStyle.latex: latex_table,
+    }
+    typer.echo(write[TableStyle.markdown if markdown else style](merged))
+
+
+@app.command()
+def reproduce(
+    tables: Annotated[Path, typer.Argument(help="A YAML list of name, command and expected figures.")],
+    values: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="What {KEY} in a command stands for.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Do only the table of this name.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Do published tables again; a figure that differs, or is not there, makes the command fail."""
+    from dataclasses import asdict
+
+    from eval.reproduce import read_tables
+    from eval.reproduce import reproduce as run_tables
+    from eval.tables import outcome_table
+    from retrieval_kd.errors import DataError, QualityError, did_you_mean
+
+    pairs = [value.partition("=") for value in values or ()]
+    chosen = read_tables(tables, {key: value for key, _, value in pairs})
+    if only:
+        names = [table.name for table in chosen]
+        if only not in names:
+            raise DataError(f"{tables}: no table {only!r}{did_you_mean(only, names)}")
+        chosen = [table for table in chosen if table.name == only]
+    outcomes = list(run_tables(chosen, announce))
+    if as_json:
+        typer.echo(json.dumps([{**asdict(outcome), "ok": outcome.ok} for outcome in outcomes], ensure_ascii=False))
     else:
-        typer.echo(markdown_table(merged) if markdown else format_report(merged))
+        typer.echo(outcome_table(outcomes))
+    wrong = sum(not outcome.ok for outcome in outcomes)
+    if wrong:
+        raise QualityError(f"{wrong} of {len(outcomes)} figures were not reproduced; see the table for each")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytrec_eval
 from tiny import WORDS, tiny_collection_folder
 
 from eval.dense import encoded, truncated_corpus
@@ -58,6 +59,8 @@ def test_every_kind_of_system_in_one_call(tiny: Path, tmp_path: Path) -> None:
     assert means["small"] != means["dense"]
     assert report["baseline"] == "BM25 (lucene, k1 0.9, b 0.4)"
     assert set(report["provenance"]["systems"]) == set(means)
+    with (tmp_path / "out/qrels.txt").open() as file:
+        assert len(pytrec_eval.parse_qrel(file)) == report["systems"][0]["queries"]
     again = _run(tiny, tmp_path / "again", [tiny / "tiny-collection"], f"f=run:{tmp_path / 'out/runs/dense.trec'}")
     assert _means(again[0])["f"] == means["dense"]
 
