@@ -107,13 +107,17 @@ def training_queries(collection: Collection) -> dict[str, str]:
     Texts are compared by their words: "where is windsor" in train is "where is windsor?" in test, and a
     student trained on it has seen the exam.
     """
+    return unseen(split_queries(collection, "train"), collection)
+
+
+def unseen(texts: Mapping[str, str], collection: Collection) -> dict[str, str]:
+    """Return the texts by id that are no query of the collection's dev split or of any split but train."""
     dev, _ = dev_queries(collection)
     seen = {_words(text) for text in dev.values()}
     for split in collection.splits():
         if split != "train":
             seen.update(_words(text) for text in split_queries(collection, split).values())
-    train = split_queries(collection, "train")
-    return {query_id: text for query_id, text in train.items() if _words(text) not in seen}
+    return {text_id: text for text_id, text in texts.items() if _words(text) not in seen}
 
 
 def _held_out(query_id: str) -> bool:

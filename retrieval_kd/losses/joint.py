@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from retrieval_kd.losses.checks import validated
+from retrieval_kd.losses.checks import Positive, validated
 from retrieval_kd.losses.listwise import Direction, Reduction, cross_entropy, listwise_kl
 
 
@@ -17,6 +17,7 @@ def joint_listwise(
     direction: Direction = "teacher_student",
     reduction: Reduction = "batchmean",
     detach_teacher: bool = False,
+    scale: Positive = 1.0,
 ) -> Tensor:
     """Cross-entropy of the live teacher on the positive (column 0), plus the divergence of both lists.
 
@@ -30,10 +31,11 @@ def joint_listwise(
         direction: As in ``listwise_kl``.
         reduction: As in ``listwise_kl``.
         detach_teacher: Teach the reranker by its labels alone.
+        scale: Factor on the student's scores; cosines need one to reach what logits reach.
 
     Source: RocketQAv2 (Ren et al. 2021, arXiv 2110.07367).
     """
     divergence = listwise_kl(
-        student, teacher, mask, direction=direction, reduction=reduction, detach_teacher=detach_teacher
+        scale * student, teacher, mask, direction=direction, reduction=reduction, detach_teacher=detach_teacher
     )
     return cross_entropy(teacher, mask) + divergence

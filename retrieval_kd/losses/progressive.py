@@ -10,7 +10,14 @@ from retrieval_kd.losses.listwise import cross_entropy, listwise_kl
 
 @validated
 def prod(
-    student: Tensor, teacher: Tensor, mask: Tensor, *, temperature: Positive = 4.0, label_weight: Fraction = 0.1
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    *,
+    temperature: Positive = 4.0,
+    label_weight: Fraction = 0.1,
+    student_scale: Positive = 1.0,
+    teacher_scale: Positive = 1.0,
 ) -> Tensor:
     """label_weight cross-entropy (column 0) + (1 - label_weight) T^2 KL(teacher/T || student/T).
 
@@ -20,9 +27,12 @@ def prod(
         mask: bool [B, L].
         temperature: T, of both sides; the cross-entropy has none.
         label_weight: Weight of the cross-entropy.
+        student_scale: Factor on the student's scores; cosines need one to reach what logits reach.
+        teacher_scale: Factor on the teacher's.
 
     Source: PROD (Lin et al. 2023, arXiv 2209.13335).
     """
+    student, teacher = student_scale * student, teacher_scale * teacher
     return label_weight * cross_entropy(student, mask) + (1 - label_weight) * _tempered(
         student, teacher, mask, temperature
     )
@@ -30,7 +40,7 @@ def prod(
 
 @validated
 def learning_without_forgetting(
-    student: Tensor, previous: Tensor, mask: Tensor, *, temperature: Positive = 4.0
+    student: Tensor, previous: Tensor, mask: Tensor, *, temperature: Positive = 4.0, scale: Positive = 1.0
 ) -> Tensor:
     """T^2 KL(previous/T || student/T): hold on to what the student knew as the stage began; 0 at its first step.
 
@@ -39,10 +49,11 @@ def learning_without_forgetting(
         previous: float [B, L], scores of the frozen copy.
         mask: bool [B, L].
         temperature: T, of both sides.
+        scale: Factor on both sides' scores.
 
     Source: PROD, its regulariser, after Li and Hoiem 2016.
     """
-    return _tempered(student, previous, mask, temperature)
+    return _tempered(scale * student, scale * previous, mask, temperature)
 
 
 def _tempered(student: Tensor, target: Tensor, mask: Tensor, temperature: float) -> Tensor:

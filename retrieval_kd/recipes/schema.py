@@ -15,6 +15,7 @@ from retrieval_kd.errors import RecipeError, did_you_mean
 
 DEMO_COLLECTION = "python-docs"
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
+Needs = Literal["encoder", "judgements", "scores", "preferences"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -134,6 +135,7 @@ class CandidatesSpec:
 
     Attributes:
         sources: First stages whose runs are pooled.
+        queries: Mine for at most this many training queries, chosen by a hash of their ids; for all when 0.
         depth: Ranks each source keeps.
         window: First and last rank (1-based, inclusive) that negatives are drawn from.
         filter: What the teacher's scores leave out of the pool.
@@ -144,6 +146,7 @@ class CandidatesSpec:
     """
 
     sources: tuple[SourceSpec, ...] = (SourceSpec("bm25"), SourceSpec("dense"))
+    queries: int = 0
     depth: int = 100
     window: tuple[int, int] = (1, 30)
     filter: FilterSpec | None = None
@@ -156,6 +159,7 @@ class CandidatesSpec:
         _require(len(self.sources) > 0, "candidates.sources: empty; name bm25, dense, student or run")
         names = [source.name for source in self.sources]
         _require(len(set(names)) == len(names), f"candidates.sources: {names} names one twice")
+        _require(self.queries >= 0, f"candidates.queries: {self.queries} must not be negative")
         _require(self.depth >= 1, f"candidates.depth: {self.depth} must be at least 1")
         _require(self.negatives >= 1, f"candidates.negatives: {self.negatives} must be at least 1")
         _require(self.positives >= 1, f"candidates.positives: {self.positives} must be at least 1")
@@ -580,6 +584,30 @@ class SelectionSpec:
 
 
 @dataclass(frozen=True)
+class ExtraTextsSpec:
+    """Texts beside the training queries, which embedding losses read too; no judgement of theirs is used.
+
+    Attributes:
+        batch: Texts beside the queries of each step, encoded as queries; none when 0.
+        collections: Collections whose train queries are such texts.
+        sentences: Take a sentence of each document of these collections and of the recipe's own.
+    """
+
+    batch: int = 0
+    collections: tuple[str, ...] = ()
+    sentences: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse a source that would be ignored, and batches without a source."""
+        _require(self.batch >= 0, f"extra_texts.batch: {self.batch} must not be negative")
+        _require(self.batch > 0 or not self.collections, "extra_texts.batch: 0 reads no collection; set it above 0")
+        _require(
+            self.batch == 0 or self.sentences or bool(self.collections),
+            "extra_texts: neither collections nor sentences; name a source or set batch to 0",
+        )
+
+
+@dataclass(frozen=True)
 class JointSpec:
     """A teacher that learns along with the student (RocketQAv2, arXiv 2110.07367).
 
@@ -611,6 +639,7 @@ class StageSpec:
         losses: The terms of its loss.
         schedule: How long and how fast.
         selection: Which lists it trains on.
+        extra_texts: What embedding losses read besides.
         joint: Train the teacher too.
     """
 
@@ -620,6 +649,7 @@ class StageSpec:
     losses: tuple[LossSpec, ...] = ()
     schedule: ScheduleSpec = ScheduleSpec()
     selection: SelectionSpec = SelectionSpec()
+    extra_texts: ExtraTextsSpec = ExtraTextsSpec()
     joint: JointSpec | None = None
 
     def __post_init__(self) -> None:
@@ -763,16 +793,22 @@ class Recipe:
         about: One sentence for ``rkd recipes``.
         source: The paper or thread it descends from.
         follows: Where paper and released code differ, which one this follows.
+        needs: What it reads beside the collection's texts: ``encoder``, vectors and scores of the large encoder alone;
+            ``judgements``, which document answers which query; ``scores``, a teacher's of each candidate;
+            ``preferences``, a pairwise teacher's between candidates.
+        published: The figure of the source that says what to hope for; on its own data, with its own models.
         seed: Seed of every draw.
         stages: The stages of training, in order; the recipe's own ``candidates``, ``teacher``, ``losses``,
-            ``schedule``, ``selection`` and ``joint`` are what a stage does not name, and the only stage where there
-            are none. A teacher is fine-tuned on the recipe's own candidates, whichever stage names it.
+            ``schedule``, ``selection``, ``extra_texts`` and ``joint`` are what a stage does not name, and the only
+            stage where there are none. A teacher is fine-tuned on the recipe's own candidates, whichever names it.
     """
 
     name: str
     about: str
     source: str
     follows: str = ""
+    published: str = ""
+    needs: Needs = "scores"
     seed: int = 13
     collection: CollectionSpec = CollectionSpec()
     encoder: EncoderSpec = EncoderSpec()
@@ -782,6 +818,7 @@ class Recipe:
     losses: tuple[LossSpec, ...] = ()
     schedule: ScheduleSpec = ScheduleSpec()
     selection: SelectionSpec = SelectionSpec()
+    extra_texts: ExtraTextsSpec = ExtraTextsSpec()
     joint: JointSpec | None = None
     stages: tuple[StageSpec, ...] = ()
     export: ExportSpec = ExportSpec()

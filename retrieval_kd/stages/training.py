@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifacts import Artifact, Spec, build
+from retrieval_kd.artifacts import Artifact, Spec, build, fingerprint
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import DataError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from retrieval_kd.encoders.torch_encoder import TorchEncoder
     from retrieval_kd.stages.workspace import Workspace
+    from retrieval_kd.training.batches import ExtraTexts
     from retrieval_kd.training.towers import DocumentTower, JointReranker
 
 RERANKER = "reranker"
@@ -140,6 +141,11 @@ class TrainingStage:
         """Return the lists that the stage trains on."""
         return self.candidates if self.selected is None else self._workspace.read_lists(self.selected)
 
+    @cached_property
+    def extra_texts(self) -> dict[str, str]:
+        """Return the texts that embedding losses read beside the queries, by id."""
+        return self._workspace.extra_texts(self.spec.extra_texts)
+
     def _scores(self, lists: Sequence[CandidateList]) -> list[Scores]:
         return self.teacher.scores(lists, self._workspace.training_queries)
 
@@ -159,9 +165,12 @@ class TrainingStage:
             "schedule": dataclasses.asdict(stage.schedule),
             "joint": stage.joint and dataclasses.asdict(stage.joint),
         }
+        if stage.extra_texts.batch:
+            config["extra_texts"] = {"batch": stage.extra_texts.batch}
         inputs = {
             "collection": workspace.collection.fingerprint,
             "encoder": workspace.encoder.card.fingerprint,
+            "extra_texts": fingerprint(self.extra_texts) if self.extra_texts else "",
             "lists": identity(self.lists),
             "teacher": self.teacher.fingerprint if self.needs_teacher else "",
             "start": EncoderCard.load(self._previous.folder).fingerprint if self._previous else "",
@@ -193,6 +202,7 @@ class TrainingStage:
             query_targets=workspace.query_vectors.vectors[rows],
             preferences=self.teacher.preferences(self.lists) if self._compares else None,
             maxsim=self._maxsim() if self._scores_batches else None,
+            extra=self._extra(),
         )
 
         def documents(device: torch.device) -> DocumentTower:
@@ -252,6 +262,15 @@ class TrainingStage:
         members = (self.reranker or self.teacher).members
         reading = next((member for member in members if member.spec.kind == "cross_encoder"), None)
         return self._workspace.export_reranker(reading) if reading else None
+
+    def _extra(self) -> ExtraTexts | None:
+        from retrieval_kd.training.batches import ExtraTexts
+
+        if not self.extra_texts:
+            return None
+        encoded = self._workspace.encoded_queries(self.extra_texts, self._workspace.encoder)
+        texts = {text_id: self.extra_texts[text_id] for text_id in encoded.ids}
+        return ExtraTexts(texts, encoded.vectors, self.spec.extra_texts.batch)
 
     @cached_property
     def export(self) -> Path:

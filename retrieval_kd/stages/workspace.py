@@ -13,6 +13,7 @@ from retrieval_kd.artifacts import MANIFEST, Artifact, Spec, build, file_sha256,
 from retrieval_kd.collections import open_collection
 from retrieval_kd.collections.base import Collection, dev_queries, training_queries
 from retrieval_kd.collections.beir import write_beir
+from retrieval_kd.collections.extra import extra_texts
 from retrieval_kd.collections.python_docs import PythonDocs, installed_versions
 from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
@@ -29,6 +30,7 @@ from retrieval_kd.recipes.schema import (
     CompressSpec,
     EncoderSpec,
     ExportSpec,
+    ExtraTextsSpec,
     FineTuneSpec,
     Recipe,
     SourceSpec,
@@ -200,7 +202,6 @@ class Workspace:
         student: Callable[[str], OnnxEncoder],
         label: str,
         teacher: Teaching | None = None,
-        limit: int = 0,
     ) -> Artifact:
         """Mine a candidate list for each training query; the report is the manifest's summary.
 
@@ -209,7 +210,6 @@ class Workspace:
             student: As in :meth:`first_stages`.
             label: What the lists are for.
             teacher: Scores the pools, where ``candidates.needs_scores``.
-            limit: Mine for this many queries, chosen by a hash of their ids; for all when 0.
 
         Raises:
             DataError: no query got a list; says why.
@@ -221,14 +221,14 @@ class Workspace:
             "sources": fingerprint([source.fingerprint for source in sources]),
             "teacher": teacher.fingerprint if teacher else "",
         }
-        stage = Spec("sample", {**dataclasses.asdict(candidates), "limit": limit}, inputs, self.recipe.seed)
+        stage = Spec("sample", dataclasses.asdict(candidates), inputs, self.recipe.seed)
         folder = self.folder(stage, f"sample {label}")
 
         def work(target: Path) -> Mapping[str, Any]:
             runs = {source.name: source.run for source in sources}
             report, queries = MiningReport(), self.training_queries
             scorer = None if teacher is None else partial(teacher.scores, queries=queries)
-            wanted = list(_some_queries(queries, limit))
+            wanted = list(_some_queries(queries, candidates.queries))
             lists = sample_candidates(
                 self.collection, runs, candidates, self.recipe.seed, report, scorer, queries=wanted
             )
@@ -250,10 +250,10 @@ class Workspace:
         """Mine what a teacher is made with: the recipe's own candidates, before any teacher can filter."""
         own = self.recipe.candidates
         strategy = "random" if own.strategy == "stratified" else own.strategy
-        candidates = dataclasses.replace(own, negatives=spec.negatives, strategy=strategy, filter=None)
-        return self.read_lists(
-            self.mine(candidates, self._untrained, label="lists for the teacher", limit=spec.queries)
+        candidates = dataclasses.replace(
+            own, queries=spec.queries, negatives=spec.negatives, strategy=strategy, filter=None
         )
+        return self.read_lists(self.mine(candidates, self._untrained, label="lists for the teacher"))
 
     def _untrained(self, _: str) -> OnnxEncoder:
         return self.undistilled
@@ -285,6 +285,13 @@ class Workspace:
         inputs = {"encoder": encoder.card.fingerprint, "queries": fingerprint(dict(queries))}
         folder = self.folder(Spec("encode", {}, inputs), f"encode {len(queries):,} queries with {encoder.card.name}")
         return encode_texts(encoder, queries, "query", folder)
+
+    def extra_texts(self, spec: ExtraTextsSpec) -> dict[str, str]:
+        """Return the texts that a stage's embedding losses read beside its queries; empty where it wants none."""
+        if spec.batch == 0:
+            return {}
+        others = [open_collection(CollectionSpec(path)) for path in spec.collections]
+        return extra_texts(self.collection, others, spec.sentences)
 
     def encoder_scores(
         self, lists: Sequence[Shortlist], encoder: OnnxEncoder, queries: Mapping[str, str]

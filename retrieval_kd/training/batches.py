@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,33 @@ from retrieval_kd.collections.base import Qrels
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.errors import DataError
 from retrieval_kd.mining.candidates import CandidateList
+
+
+@dataclass(frozen=True)
+class ExtraTexts:
+    """Texts that only embedding losses read, encoded as queries.
+
+    Attributes:
+        texts: Id to text.
+        targets: float32 ``[len(texts), d]``, the vectors to regress onto, in the order of ``texts``.
+        batch: Texts of one step.
+    """
+
+    texts: Mapping[str, str]
+    targets: Vectors
+    batch: int
+
+    @cached_property
+    def ids(self) -> tuple[str, ...]:
+        """Return the ids, in order."""
+        return tuple(self.texts)
+
+    def positions(self, seed: int, step: int) -> npt.NDArray[np.int64]:
+        """Return the texts of a step: successive pieces of permutations drawn from (seed, pass over the texts)."""
+        places = np.arange(step * self.batch, (step + 1) * self.batch)
+        passes, within = np.divmod(places, len(self.texts))
+        orders = {number: np.random.default_rng([seed, number, 1]).permutation(len(self.texts)) for number in passes}
+        return np.array([orders[number][place] for number, place in zip(passes, within, strict=True)], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -31,6 +59,7 @@ class TrainingSet:
             too. None without such a teacher.
         maxsim: From query ids and document ids to a late-interaction teacher's scores of each query for each document,
             float ``[B, C]``; None when no loss asks for them.
+        extra: Texts for embedding losses alone; None without.
     """
 
     lists: Sequence[CandidateList]
@@ -40,9 +69,12 @@ class TrainingSet:
     query_targets: Vectors
     preferences: Sequence[npt.NDArray[np.float32]] | None = None
     maxsim: Callable[[Sequence[str], Sequence[str]], Tensor] | None = None
+    extra: ExtraTexts | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together."""
+        if self.extra is not None and (both := self.texts.keys() & self.extra.texts.keys()):
+            raise DataError(f"training set: {min(both)!r} is a query and an extra text; give each text its own id")
         parts = {"scores": self.teacher, "preferences": self.preferences}
         given = {name: part for name, part in parts.items() if part is not None}
         sizes = {len(self.lists), len(self.query_targets), *map(len, given.values())}

@@ -150,7 +150,9 @@ def train(
             draw = np.random.default_rng([seed, step, machine.index])
             torch.manual_seed(int(draw.integers(2**63)))
             rate = learning_rate(step, total, schedule)
-            values = run.step(positions, rate / schedule.learning_rate, (step + 1) / total, f"step {step + 1}")
+            extra = None if data.extra is None else data.extra.positions(seed, step)
+            pace, done = rate / schedule.learning_rate, (step + 1) / total
+            values = run.step(positions, extra, pace, done, f"step {step + 1}")
             at = Progress(step + 1, at.best_step, at.best_ndcg)
             if log is not None:
                 log.write("train", at.step, {"epoch": epoch + 1, "learning_rate": rate, **values})
@@ -197,7 +199,8 @@ class _Run:
         if stacked and layer_teacher is None:
             raise RecipeError(f"losses: {stacked[0]} needs layers of student and teacher, which this run does not give")
         self.layer_teacher = layer_teacher if stacked else None
-        self.queries = Tower(student, TokenRows(student.tokenizer, "query", lambda ids: data.texts))
+        texts = {**data.texts, **data.extra.texts} if data.extra else data.texts
+        self.queries = Tower(student, TokenRows(student.tokenizer, "query", lambda ids: texts))
         student.to(machine.device)
         self.documents = documents(machine.device)
         self.trained = nn.ModuleDict({"student": student})
@@ -234,11 +237,19 @@ class _Run:
         modules = self.trained if self.average is None else self.average.of(self.trained)
         return cast("nn.ModuleDict", modules)
 
-    def step(self, positions: npt.NDArray[np.int64], pace: float, progress: float, where: str) -> dict[str, Any]:
+    def step(
+        self,
+        positions: npt.NDArray[np.int64],
+        extra: npt.NDArray[np.int64] | None,
+        pace: float,
+        progress: float,
+        where: str,
+    ) -> dict[str, Any]:
         """Move the student once.
 
         Args:
             positions: The batch's queries.
+            extra: Positions of the step's extra texts; None without any.
             pace: Share of the peak learning rate.
             progress: Share of the run's steps that are done after this one.
             where: What an error calls this step.
@@ -251,7 +262,7 @@ class _Run:
             group["lr"] = group["peak"] * pace
         self.trained.train()
         passes = Passes(self.machine, self.schedule.micro_tokens, self.schedule.gradient_cache)
-        step = self._look(assemble(self.data, positions).to(self.machine.device), passes)
+        step = self._look(assemble(self.data, positions).to(self.machine.device), extra, passes)
         losses = self.terms(step)
         loss = self.terms.total(losses)
         values = {label: value.item() for label, value in losses.items()}
@@ -280,7 +291,7 @@ class _Run:
             "texts_per_second": passes.texts / seconds,
         }
 
-    def _look(self, batch: Batch, passes: Passes) -> Step:
+    def _look(self, batch: Batch, extra: npt.NDArray[np.int64] | None, passes: Passes) -> Step:
         """Encode the batch's texts, each once by everyone who has something to say about it."""
         layers: tuple[int, ...] = ()
         stacks = teacher_stacks = None
@@ -308,6 +319,10 @@ class _Run:
                 frozen_queries.encode(batch.query_ids, passes).vectors,
                 frozen_documents.encode(batch.doc_ids, passes).vectors.to(queries.vectors),
             )
+        extra_vectors = None
+        if extra is not None and self.data.extra is not None:
+            encoded = self.queries.encode([self.data.extra.ids[i] for i in extra], passes).vectors
+            extra_vectors = (encoded, torch.from_numpy(np.asarray(self.data.extra.targets[extra])).to(encoded))
         targets = self.documents.targets(batch.doc_ids)
         vectors = documents.vectors.to(queries.vectors)
         return Step(
@@ -322,6 +337,7 @@ class _Run:
             previous=previous,
             stacks=stacks,
             teacher_stacks=teacher_stacks,
+            extra=extra_vectors,
             unit=self.queries.encoder.card.normalize,
         )
 

@@ -40,6 +40,7 @@ class Step:
         previous: Queries ``[B, d]`` and documents ``[C, d]`` by a frozen copy of the student as the stage began.
         stacks: The student's queries ``[B, K, w]`` and documents ``[C, K, w]`` by layer.
         teacher_stacks: The same by the teacher's layers matched with them.
+        extra: The student's vectors of texts that only embedding losses read, and those to move them to, ``[E, d]``.
         unit: Whether the student's vectors have unit length, so that cut ones are scaled back to it.
         made: Inputs by kind and teacher, each made once.
     """
@@ -55,6 +56,7 @@ class Step:
     previous: tuple[Tensor, Tensor] | None = None
     stacks: tuple[Tensor, Tensor] | None = None
     teacher_stacks: tuple[Tensor, Tensor] | None = None
+    extra: tuple[Tensor, Tensor] | None = None
     unit: bool = True
     made: dict[tuple[Kind, Teacher], Inputs] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -77,8 +79,15 @@ class Step:
             return None if pair is None else (self.cut_vectors(pair[0], size), self.cut_vectors(pair[1], size))
 
         queries, documents = self.cut_vectors(self.queries, size), self.cut_vectors(self.documents, size)
+        # The targets of extra texts are cut where they are compared, like all targets.
+        extra = None if self.extra is None else (self.cut_vectors(self.extra[0], size), self.extra[1])
         return replace(
-            self, queries=queries, documents=documents, previous=both(self.previous), stacks=both(self.stacks)
+            self,
+            queries=queries,
+            documents=documents,
+            previous=both(self.previous),
+            stacks=both(self.stacks),
+            extra=extra,
         )
 
     def cut_vectors(self, vectors: Tensor, size: int) -> Tensor:
@@ -165,12 +174,13 @@ def _in_batch_inputs(step: Step, teacher: Teacher) -> InBatchInputs:
 
 
 def _embedding_inputs(step: Step, teacher: Teacher) -> EmbeddingInputs:
-    if not step.documents_live:
-        return EmbeddingInputs(student=step.queries, teacher=step.query_targets)
-    return EmbeddingInputs(
-        student=torch.cat([step.queries, step.documents]),
-        teacher=torch.cat([step.query_targets, step.document_targets]),
-    )
+    pairs = [(step.queries, step.query_targets)]
+    if step.documents_live:
+        pairs.append((step.documents, step.document_targets))
+    if step.extra is not None:
+        pairs.append(step.extra)
+    student, targets = zip(*pairs, strict=True)
+    return EmbeddingInputs(student=torch.cat(student), teacher=torch.cat(targets))
 
 
 def _stack_inputs(step: Step, teacher: Teacher) -> StackInputs:

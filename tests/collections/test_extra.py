@@ -1,0 +1,87 @@
+"""Extra texts: whose they are, and whose they must not be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from retrieval_kd.collections.base import Collection
+from retrieval_kd.collections.extra import extra_texts
+from retrieval_kd.collections.open import open_collection
+from retrieval_kd.errors import RecipeError
+from retrieval_kd.recipes.schema import CollectionSpec, ExtraTextsSpec
+
+CORPUS = [
+    {"_id": "a", "title": "Numbers", "text": "Too short. One sentence of six words here! Another one with five words?"},
+    {"_id": "b", "title": "Nothing", "text": "3.1 A. B."},
+]
+
+
+def collection(root: Path, name: str, queries: dict[str, tuple[str, str]]) -> Collection:
+    """Write a BEIR folder whose queries are given as id to (split, text), every one answered by document a."""
+    folder = root / name
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CORPUS))
+    rows = [{"_id": query_id, "text": text} for query_id, (_, text) in queries.items()]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for split in ("train", "dev", "test"):
+        lines = [f"{query_id}\ta\t1\n" for query_id, (of, _) in queries.items() if of == split]
+        (folder / "qrels" / f"{split}.tsv").write_text("".join(["query-id\tcorpus-id\tscore\n", *lines]))
+    return open_collection(CollectionSpec(str(folder)))
+
+
+OWN = {"q1": ("train", "own train"), "q2": ("dev", "own dev"), "q3": ("test", "own test")}
+
+
+def test_other_collections_give_their_train_queries_alone(tmp_path: Path) -> None:
+    """Without it a student could be moved to the vectors of the very queries it is measured on."""
+    own = collection(tmp_path, "own", OWN)
+    other = collection(
+        tmp_path,
+        "other",
+        {
+            "q1": ("train", "other train"),
+            "q2": ("train", "Own test?"),
+            "q3": ("test", "other test"),
+            "q4": ("dev", "other dev"),
+        },
+    )
+    assert extra_texts(own, [other], sentences=False) == {"other/query/q1": "other train"}
+
+
+def test_sentences_are_chosen_by_the_document_and_cut(tmp_path: Path) -> None:
+    """Without it a run resumed in another process could regress other sentences than the ones it began with."""
+    own = collection(tmp_path, "own", OWN)
+    texts = extra_texts(own, [], sentences=True)
+    assert list(texts) == ["own/document/a"]
+    assert texts["own/document/a"] in ("One sentence of six words here!", "Another one with five words?")
+    assert extra_texts(own, [], sentences=True) == texts
+    CORPUS[0]["text"], kept = " ".join(["word"] * 100), CORPUS[0]["text"]
+    try:
+        long = extra_texts(collection(tmp_path, "long", OWN), [], sentences=True)
+    finally:
+        CORPUS[0]["text"] = kept
+    assert long["long/document/a"] == " ".join(["word"] * 24)
+
+
+def test_a_text_comes_once(tmp_path: Path) -> None:
+    """Without it a document that two collections share would weigh twice."""
+    own = collection(tmp_path, "own", OWN)
+    other = collection(tmp_path, "other", {**OWN, "q1": ("train", "other train")})
+    assert list(extra_texts(own, [other], sentences=True)) == ["other/query/q1", "own/document/a"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ({"batch": -1}, "batch"),
+        ({"collections": ("somewhere",)}, "collections|collection"),
+        ({"batch": 4, "sentences": False}, "neither"),
+    ],
+)
+def test_a_spec_that_would_be_ignored_is_refused(spec: dict[str, object], named: str) -> None:
+    """Without it a user who names collections and forgets the batch would train without them and not know."""
+    with pytest.raises(RecipeError, match=named):
+        ExtraTextsSpec(**spec)  # type: ignore[arg-type]
