@@ -106,7 +106,14 @@ def test_recipes_are_listed_and_shown(rkd: Rkd) -> None:
     code, out, _ = rkd("recipes", "show", "leaf", "--set", "student.layers=[0]")
     assert code == 0
     assert "layers:\n  - 0\n" in out
+    assert "Needs the large encoder" in out
+    assert "embedding_regression" in out
     assert "unknown key" in rkd.fails("recipes", "show", "leaf", "--set", "studen.layers=[0]")
+    code, out, _ = rkd("recipes")
+    assert code == 0
+    groups = {block.splitlines()[0]: block for block in out.split("\n\n")}
+    assert groups["Start here"].splitlines()[1].split()[0] == "distil"
+    assert "margin_mse" in groups["Needs a teacher's scores of each candidate"]
 
 
 def test_missing_and_malformed_collections(rkd: Rkd, tmp_path: Path, collection: Path) -> None:
