@@ -69,8 +69,8 @@ class Scorer:
         floor = np.nextafter((kth - 2 * self.bound(queries)).astype(np.float32), np.float32(-np.inf))
         of_query, places = np.nonzero(scores >= floor[:, None])
         kept = rows[of_query, places]
-        known = kept >= 0
-        of_query, kept = of_query[known], kept[known]
+        if kept.min(initial=0) < 0:
+            of_query, kept = of_query[kept >= 0], kept[kept >= 0]
         exact = self.vectors.dots(queries, kept, of_query)
         ends = np.cumsum(np.bincount(of_query, minlength=len(queries))).tolist()
         doc_ids = [self.doc_id(row) for row in kept.tolist()]
@@ -91,10 +91,11 @@ class Scorer:
             yield from self.best(some, scores, np.broadcast_to(selected, scores.shape), k)
 
     def float32_dots(self, queries: Vectors, rows: Rows) -> Scores:
-        """Return float32 ``[n, width]`` dot products of each query with rows of its own."""
+        """Return float32 ``[n, width]`` dot products of each query with rows of its own; ``-inf`` for rows below 0."""
         scores = np.empty(rows.shape, dtype=np.float32)
         for i, query in enumerate(queries):
             np.dot(self.vectors.rows(rows[i]), query, out=scores[i])
+        scores[rows < 0] = -np.inf
         return scores
 
     def bound(self, queries: Vectors) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

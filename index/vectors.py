@@ -141,16 +141,16 @@ class StoredVectors:
             queries: float32 ``[n, d]``.
             longest: Length of the longest stored vector.
         """
-        terms = (self.dimension + 2) * _UNIT_ROUNDOFF
-        if self.scales is not None:
-            terms += _DECODING * _UNIT_ROUNDOFF
-            # What is decoded is no longer than its two parts, which a cancelling sum can hide.
-            longest = max(longest, float(np.linalg.norm(np.abs(self.scales).sum(axis=0, dtype=np.float64))))
-        norms = np.linalg.norm(queries.astype(np.float64), axis=1)
-        bound: npt.NDArray[np.float64] = (
-            1.01 * terms / (1 - terms) * norms * longest + self.dimension * _SMALLEST_NORMAL
-        )
+        terms = (self.dimension + 2 + (0 if self.scales is None else _DECODING)) * _UNIT_ROUNDOFF
+        norms = np.sqrt(np.einsum("ij,ij->i", queries, queries, dtype=np.float64))
+        factor = 1.01 * terms / (1 - terms) * max(longest, self._longest_parts)
+        bound: npt.NDArray[np.float64] = factor * norms + self.dimension * _SMALLEST_NORMAL
         return bound
+
+    @cached_property
+    def _longest_parts(self) -> float:
+        """Return the length of what is decoded before its parts cancel; 0 where nothing is decoded."""
+        return 0.0 if self.scales is None else float(np.linalg.norm(np.abs(self.scales).sum(axis=0, dtype=np.float64)))
 
 
 def write_stored(
