@@ -15,10 +15,11 @@ import numpy as np
 
 from index.vectors import Rows, StoredVectors
 from retrieval_kd.encoders.base import Vectors
-from retrieval_kd.runs import Scores
+from retrieval_kd.runs import Ranking, Scores, rank
 
 _BLOCK_ROWS = 16384
 _QUERIES_AT_ONCE = 64
+_ROUNDING = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class Scored:
     def joined(self, other: Scored) -> Scored:
         """Return the candidates of both, which have none in common."""
         return Scored(self.doc_ids + other.doc_ids, np.append(self.scores, other.scores))
+
+    def ranked(self, k: int) -> Ranking:
+        """Return the best ``k``, as :func:`retrieval_kd.runs.rank` orders them."""
+        order = self.scores.argsort()[::-1][: k + 1]
+        values = self.scores[order]
+        if (values[1:] < values[:-1]).all():
+            # Without a tie there is nothing to break.
+            return Ranking(tuple(self.doc_ids[i] for i in order[:k].tolist()), values[:k])
+        return rank(self.doc_ids, self.scores, k)
 
 
 NOTHING = Scored([], np.empty(0, dtype=np.float32))
@@ -64,17 +74,17 @@ class Scorer:
             rows: int64 ``[n, width]``, the candidates; below 0 for none.
             k: How many are wanted, at most ``width``.
         """
-        width = scores.shape[1]
-        kth = np.partition(scores, width - k, axis=1)[:, width - k]
-        floor = np.nextafter((kth - 2 * self.bound(queries)).astype(np.float32), np.float32(-np.inf))
-        of_query, places = np.nonzero(scores >= floor[:, None])
-        kept = rows[of_query, places]
+        bounds = self.vectors.error_bound(queries, self.longest).tolist()
+        parts = zip(queries, scores, rows, bounds, strict=True)
+        return [self._best(query, some, theirs, k, bound) for query, some, theirs, bound in parts]
+
+    def _best(self, query: Vectors, scores: Scores, rows: Rows, k: int, bound: float) -> Scored:
+        kth = float(np.partition(scores, -k)[-k])
+        # The last term is for the rounding of the floor itself to float32.
+        kept = rows[(scores >= kth - 2 * bound - abs(kth) * _ROUNDING).nonzero()]
         if kept.min(initial=0) < 0:
-            of_query, kept = of_query[kept >= 0], kept[kept >= 0]
-        exact = self.vectors.dots(queries, kept, of_query)
-        ends = np.cumsum(np.bincount(of_query, minlength=len(queries))).tolist()
-        doc_ids = [self.doc_id(row) for row in kept.tolist()]
-        return [Scored(doc_ids[a:b], exact[a:b]) for a, b in itertools.pairwise([0, *ends])]
+            kept = kept[kept >= 0]
+        return Scored([self.doc_id(row) for row in kept.tolist()], self.vectors.dots(query, kept))
 
     def outright(self, queries: Vectors, selected: Rows, k: int) -> Iterator[Scored]:
         """Yield each query's best ``k`` of the selected rows, all of which are scored."""
@@ -97,7 +107,3 @@ class Scorer:
             np.dot(self.vectors.rows(rows[i]), query, out=scores[i])
         scores[rows < 0] = -np.inf
         return scores
-
-    def bound(self, queries: Vectors) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        """Return, for each query, how far a float32 score can lie from the exact one."""
-        return self.vectors.error_bound(queries, self.longest)

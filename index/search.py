@@ -34,7 +34,7 @@ from retrieval_kd.encoders.card import EncoderCard, require_same_space
 from retrieval_kd.encoders.corpus import check_vectors
 from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import ArtifactError, DataError
-from retrieval_kd.runs import Ranking, rank
+from retrieval_kd.runs import Ranking
 
 _MARGIN = 32
 # Below this many documents, or multiply-adds, scoring all that a filter selects is faster than walking around it.
@@ -102,7 +102,7 @@ class Opened:
         """Widen the candidates of each query until no document outside them can be among its best."""
         best: dict[int, Scored] = {}
         undecided = np.arange(len(queries))
-        bounds = self._scorer.bound(queries)
+        bounds = self._scorer.vectors.error_bound(queries, self.content.largest_norm)
         count = self.content.count if chosen is None else chosen.count
         parameters = None if chosen is None else faiss.SearchParameters(sel=chosen.selector)
         width = k + _MARGIN
@@ -273,7 +273,7 @@ class Searcher:
             best = [
                 Scored(a.doc_ids + b.doc_ids, np.append(a.scores, b.scores)) for a, b in zip(best, news, strict=True)
             ]
-        return [rank(scored.doc_ids, scored.scores, k) for scored in best]
+        return [scored.ranked(k) for scored in best]
 
     def fields(self, doc_ids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
         """Return the named stored fields of documents, in the order of ``doc_ids``.
@@ -410,6 +410,6 @@ def make_probes(folder: Path, content: IndexContent, queries: Vectors) -> Probes
     cut = truncated(queries, content.dimension, content.document_encoder.normalize)
     with faiss_threads(1):
         best = opened.search(cut, depth, False, None, Effort.of(content.index))
-    rankings = [rank(scored.doc_ids, scored.scores, depth) for scored in best]
+    rankings = [scored.ranked(depth) for scored in best]
     rows = np.asarray([opened.ids.rows(ranking.doc_ids) for ranking in rankings], dtype="<i8")
     return Probes(queries, rows, np.stack([ranking.scores for ranking in rankings]).astype("<f4"))

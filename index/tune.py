@@ -29,7 +29,7 @@ from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.errors import DataError
 from retrieval_kd.progress import progress, silence
 from retrieval_kd.recipes.schema import IndexKind, IndexSpec
-from retrieval_kd.runs import Ranking, rank
+from retrieval_kd.runs import Ranking
 
 DEPTH = 10
 _QUERIES = 1000
@@ -234,7 +234,7 @@ class _Bench:
     def _search(self, queries: Vectors, exact: bool, effort: Effort) -> list[Ranking]:
         with faiss_threads(1):
             best = self._opened.search(queries, DEPTH, exact, None, effort)
-        return [rank(scored.doc_ids, scored.scores, DEPTH) for scored in best]
+        return [scored.ranked(DEPTH) for scored in best]
 
 
 def _least(bench: _Bench, effort: Effort, knob: str, most: int, target: float) -> int:

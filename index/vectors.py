@@ -93,19 +93,13 @@ class StoredVectors:
         for start in range(0, self.count, BLOCK_ROWS):
             yield self.rows(slice(start, start + BLOCK_ROWS))
 
-    def dots(self, queries: Vectors, rows: Rows, of_query: Rows) -> Scores:
-        """Return float32 ``[len(rows)]``: each row's product with its query, summed in float64 by numpy, row by row.
-
-        Args:
-            queries: float32 ``[n, d]``.
-            rows: The documents.
-            of_query: For each of ``rows``, which query it is scored for.
-        """
+    def dots(self, query: Vectors, rows: Rows) -> Scores:
+        """Return float32 ``[len(rows)]``: the rows' products with a query, summed in float64 by numpy, row by row."""
         scores = np.empty(len(rows), dtype=np.float32)
         for start in range(0, len(rows), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
             products = self.rows(rows[part]).astype(np.float64)
-            products *= queries[of_query[part]]
+            products *= query
             scores[part] = products.sum(axis=1)
         return scores
 
@@ -134,15 +128,16 @@ class StoredVectors:
         """Return, for each query, how far a float32 score can lie from that of :meth:`dots`.
 
         A sum of d products in float32, in any order, is within ``d * u / (1 - d * u) * |q| * |x|`` of the real one
-        (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); one more ``u`` covers the rounding of
-        the exact score and one that of the norms, and products that underflow are lost whole.
+        (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); two more ``u`` cover the rounding of
+        the exact score, and products that underflow are lost whole.
 
         Args:
             queries: float32 ``[n, d]``.
             longest: Length of the longest stored vector.
         """
         terms = (self.dimension + 2 + (0 if self.scales is None else _DECODING)) * _UNIT_ROUNDOFF
-        norms = np.sqrt(np.einsum("ij,ij->i", queries, queries, dtype=np.float64))
+        norms = np.sqrt(np.einsum("ij,ij->i", queries, queries).astype(np.float64))
+        # 1.01 also covers the rounding of the norms, which are sums of float32 themselves.
         factor = 1.01 * terms / (1 - terms) * max(longest, self._longest_parts)
         bound: npt.NDArray[np.float64] = factor * norms + self.dimension * _SMALLEST_NORMAL
         return bound

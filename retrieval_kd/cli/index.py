@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -42,6 +43,8 @@ def build(
     vectors: Annotated[
         Path | None, typer.Option(help="Where the encoded corpus is kept; STORE/vectors by default.")
     ] = None,
+    precision: Annotated[str, typer.Option(help="How the encoded corpus is kept: float32 or float16.")] = "float32",
+    processes: Annotated[int, typer.Option(min=1, help="Processes that encode; the vectors are the same.")] = 1,
     discard_updates: Annotated[
         bool, typer.Option("--discard-updates", help="Leave the store's updates out; the collection has them.")
     ] = False,
@@ -51,8 +54,9 @@ def build(
     from index.build import build_index
     from retrieval_kd.collections import open_collection
     from retrieval_kd.encoders.card import require_same_space
-    from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus
+    from retrieval_kd.encoders.corpus import EncodedCorpus, Precision, Workers, encode_corpus
     from retrieval_kd.encoders.onnx import OnnxEncoder
+    from retrieval_kd.errors import RecipeError, did_you_mean
     from retrieval_kd.recipes.loader import section
     from retrieval_kd.recipes.schema import CollectionSpec, IndexSpec
 
@@ -65,7 +69,10 @@ def build(
     require_same_space(asker.card, documents.card)
     corpus = open_collection(CollectionSpec(collection))
     held_out = None if queries is None else _encoded(queries, corpus, asker, store)
-    encode_corpus(documents, corpus, folder)
+    if precision not in get_args(Precision):
+        raise RecipeError(f"--precision: {precision!r}{did_you_mean(precision, get_args(Precision))}")
+    workers = Workers(partial(OnnxEncoder.load, encoder, 1), processes) if processes > 1 else None
+    encode_corpus(documents, corpus, folder, precision=cast("Precision", precision), workers=workers)
     version = build_index(
         EncodedCorpus.load(folder),
         spec,

@@ -4,16 +4,24 @@ A long encoding is the most expensive step that can be interrupted, so it is cut
 ``SHARD_SIZE`` texts; a window whose ids are on disk is never encoded again. The finished folder holds
 ``vectors.npy``, ``ids.txt`` (one id a line) and the encoder's ``card.json``, with rows in ascending id
 order: the row number then breaks ties exactly as :func:`retrieval_kd.runs.rank` does.
+
+Windows do not depend on one another, and a vector not on its window, so several processes may encode them: the
+folder is the same byte for byte.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +41,8 @@ _BLOCK_ROWS = 16384
 # float32 sums of a thousand squares stay within 1e-6 of 1; a vector that was never normalised does not.
 _UNIT_TOLERANCE = 1e-3
 
+Precision = Literal["float32", "float16"]
+
 Texts = Iterable[tuple[str, str]]
 """Pairs of id and text, in an order that is the same on every run."""
 
@@ -43,7 +53,8 @@ class EncodedCorpus:
 
     Attributes:
         ids: Ids in ascending order.
-        vectors: float32 ``[len(ids), card.dimension]``, mapped from disk, rows in the order of ``ids``.
+        vectors: float32 ``[len(ids), card.dimension]``, or float16 where that was asked for, mapped from disk, rows in
+            the order of ``ids``.
         card: The encoder that made them.
         fingerprint: Identity of the encoding: encoder, texts and side.
         texts_fingerprint: Identity of the texts; for a corpus its ``corpus_fingerprint``.
@@ -77,8 +88,35 @@ class EncodedCorpus:
         return {text_id: row for row, text_id in enumerate(self.ids)}
 
 
-def encode_corpus(encoder: Encoder, collection: Collection, folder: Path) -> Artifact:
-    """Encode every document of a collection; memory holds one window of texts and all ids.
+@dataclass(frozen=True)
+class Workers:
+    """Processes that encode.
+
+    Attributes:
+        open: Opens the encoder in a process; picklable, such as a partial of :meth:`OnnxEncoder.load`.
+        processes: How many.
+    """
+
+    open: Callable[[], Encoder]
+    processes: int
+
+
+def encode_corpus(
+    encoder: Encoder,
+    collection: Collection,
+    folder: Path,
+    *,
+    precision: Precision = "float32",
+    workers: Workers | None = None,
+) -> Artifact:
+    """Encode every document of a collection; memory holds a window of texts for each process, and all ids.
+
+    Args:
+        encoder: The encoder.
+        collection: The documents.
+        folder: Where the vectors go.
+        precision: How they are kept: ``float16`` takes half the disk and keeps three digits.
+        workers: Processes that encode in this one's place.
 
     Raises:
         DataError: no documents, a repeated or unwritable id, or a vector that is not finite or, under
@@ -89,7 +127,7 @@ def encode_corpus(encoder: Encoder, collection: Collection, folder: Path) -> Art
     def documents() -> Texts:
         return ((document.doc_id, document.content) for document in collection.documents())
 
-    return _encode(encoder, documents, "document", collection.corpus_fingerprint, folder, total=None)
+    return _encode(encoder, documents, "document", collection.corpus_fingerprint, folder, None, precision, workers)
 
 
 def encode_texts(encoder: Encoder, texts: Mapping[str, str], side: Side, folder: Path) -> EncodedCorpus:
@@ -99,7 +137,7 @@ def encode_texts(encoder: Encoder, texts: Mapping[str, str], side: Side, folder:
         DataError: as :func:`encode_corpus`.
         EncoderMismatch: the encoder does not encode that side.
     """
-    _encode(encoder, lambda: sorted(texts.items()), side, fingerprint(dict(texts)), folder, total=len(texts))
+    _encode(encoder, lambda: sorted(texts.items()), side, fingerprint(dict(texts)), folder, len(texts))
     return EncodedCorpus.load(folder)
 
 
@@ -137,37 +175,51 @@ def write_ids(path: Path, ids: Iterable[str]) -> None:
 
 
 def map_vectors(path: Path) -> Vectors:
-    """Open a ``.npy`` matrix of float32 without reading it.
+    """Open a ``.npy`` matrix of float32 or float16 without reading it.
 
     Raises:
-        ArtifactError: the file is missing, torn, or not a float32 matrix.
+        ArtifactError: the file is missing, torn, or not such a matrix.
     """
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path}: cannot map the vectors ({error}); build {path.parent} again") from None
-    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype != np.float32:
-        raise ArtifactError(f"{path}: not a float32 matrix; build {path.parent} again")
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.name not in get_args(Precision):
+        raise ArtifactError(f"{path}: not a matrix of float32 or float16; build {path.parent} again")
     return vectors
 
 
-def write_vectors(path: Path, blocks: Iterable[Vectors], shape: tuple[int, int]) -> None:
-    """Write blocks of rows as one float32 ``.npy`` matrix, atomically and one block in memory at a time."""
+def write_vectors(
+    path: Path, blocks: Iterable[Vectors], shape: tuple[int, int], precision: Precision = "float32"
+) -> None:
+    """Write blocks of rows as one ``.npy`` matrix, atomically and one block in memory at a time."""
+    dtype = np.dtype(precision).newbyteorder("<")
     with atomic_write(path, "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": shape}
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:
-            file.write(np.ascontiguousarray(block, dtype="<f4").data)
+            file.write(np.ascontiguousarray(block, dtype=dtype).data)
 
 
 def _encode(
-    encoder: Encoder, texts: Callable[[], Texts], side: Side, texts_fingerprint: str, folder: Path, total: int | None
+    encoder: Encoder,
+    texts: Callable[[], Texts],
+    side: Side,
+    texts_fingerprint: str,
+    folder: Path,
+    total: int | None,
+    precision: Precision = "float32",
+    workers: Workers | None = None,
 ) -> Artifact:
     card = encoder.card
     card.prefix(side)
     spec = Spec(
         STAGE,
-        config={"side": side, "shard_size": SHARD_SIZE},
+        config={
+            "side": side,
+            "shard_size": SHARD_SIZE,
+            **({} if precision == "float32" else {"precision": precision}),
+        },
         # The space changes no vector but stands in the card that is saved beside them.
         inputs={"encoder": card.fingerprint, "space": card.space_fingerprint, "texts": texts_fingerprint},
     )
@@ -175,8 +227,16 @@ def _encode(
     def work(target: Path) -> Mapping[str, Any]:
         if not (target / IDS).exists():
             with progress(f"encode with {card.name}", total, "texts") as advance:
-                shards = _encode_shards(encoder, texts(), side, target, advance)
-            _merge(target, shards, card.dimension)
+                jobs = _missing(texts(), target, side, precision, advance)
+                if workers is None:
+                    for job in jobs:
+                        advance(job.run(encoder))
+                else:
+                    _run_in_processes(jobs, workers, advance)
+            shards = len(list(target.glob("ids-*.txt")))
+            if shards == 0:
+                raise DataError("no texts to encode; the collection is empty")
+            _merge(target, shards, card.dimension, precision)
         _remove_shards(target)
         card.save(target)
         return {"texts": len(read_ids(target / IDS)), "dimension": card.dimension}
@@ -184,28 +244,87 @@ def _encode(
     return build(folder, spec, work)
 
 
-def _encode_shards(encoder: Encoder, texts: Texts, side: Side, folder: Path, advance: Advance) -> int:
-    """Write the shards that are missing and return how many there are."""
-    shards = 0
-    for shards, window in enumerate(_windows(texts), start=1):
-        ids = [text_id for text_id, _ in window]
-        vectors_file, ids_file = _shard(folder, shards - 1)
-        if ids_file.exists():
-            if read_ids(ids_file) != ids:
-                raise DataError(
-                    f"{ids_file}: holds other ids than the texts at its place, so their order is not fixed; "
-                    f"delete {folder} and encode again"
-                )
-        else:
-            vectors = encoder.encode([text for _, text in window], side)
-            check_vectors(vectors, ids, encoder.card)
-            write_vectors(vectors_file, [vectors], vectors.shape)
-            # The ids come last: a shard with ids is a finished one.
-            write_ids(ids_file, ids)
+@dataclass(frozen=True)
+class _Job:
+    """A shard to be made."""
+
+    folder: Path
+    number: int
+    window: list[tuple[str, str]]
+    side: Side
+    precision: Precision
+
+    def run(self, encoder: Encoder) -> int:
+        """Encode the window, write it, and return how many texts it has."""
+        ids = [text_id for text_id, _ in self.window]
+        vectors = encoder.encode([text for _, text in self.window], self.side)
+        check_vectors(vectors, ids, encoder.card)
+        vectors_file, ids_file = _shard(self.folder, self.number)
+        write_vectors(vectors_file, [vectors], vectors.shape, self.precision)
+        # The ids come last: a shard with ids is a finished one.
+        write_ids(ids_file, ids)
+        return len(ids)
+
+
+def _missing(texts: Texts, folder: Path, side: Side, precision: Precision, advance: Advance) -> Iterator[_Job]:
+    """Yield what an earlier run has not finished."""
+    for number, window in enumerate(_windows(texts)):
+        ids_file = _shard(folder, number)[1]
+        if not ids_file.exists():
+            yield _Job(folder, number, window, side, precision)
+            continue
+        if read_ids(ids_file) != [text_id for text_id, _ in window]:
+            raise DataError(
+                f"{ids_file}: holds other ids than the texts at its place, so their order is not fixed; "
+                f"delete {folder} and encode again"
+            )
         advance(len(window))
-    if shards == 0:
-        raise DataError("no texts to encode; the collection is empty")
-    return shards
+
+
+def _run_in_processes(jobs: Iterator[_Job], workers: Workers, advance: Advance) -> None:
+    """Run jobs in processes of their own, one job waiting for each at most."""
+    # Not forked: onnxruntime and OpenMP have threads that a fork would leave behind.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers.processes, context, _open_worker, (workers.open,)) as pool:
+        running: set[Future[int]] = set()
+        try:
+            for job in jobs:
+                running.add(pool.submit(_run_in_worker, job))
+                if len(running) >= 2 * workers.processes:
+                    running = _advanced(running, FIRST_COMPLETED, advance)
+            _advanced(running, ALL_COMPLETED, advance)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _advanced(running: set[Future[int]], until: str, advance: Advance) -> set[Future[int]]:
+    done, running = wait(running, return_when=until)
+    for future in done:
+        advance(future.result())
+    return running
+
+
+_worker: Encoder | None = None
+
+
+def _open_worker(open_encoder: Callable[[], Encoder]) -> None:
+    global _worker
+    _worker = open_encoder()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        # A pool's processes wait for work for ever when their parent is killed.
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _run_in_worker(job: _Job) -> int:
+    assert _worker is not None
+    return job.run(_worker)
 
 
 def _windows(texts: Texts) -> Iterator[list[tuple[str, str]]]:
@@ -242,7 +361,7 @@ def check_vectors(vectors: Vectors, ids: Sequence[str], card: EncoderCard) -> No
             )
 
 
-def _merge(folder: Path, shards: int, dimension: int) -> None:
+def _merge(folder: Path, shards: int, dimension: int, precision: Precision) -> None:
     """Write all shards as one matrix in ascending id order; the ids come last and mark it finished."""
     ids = [text_id for number in range(shards) for text_id in read_ids(_shard(folder, number)[1])]
     order = np.asarray(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
@@ -250,7 +369,7 @@ def _merge(folder: Path, shards: int, dimension: int) -> None:
     for before, after in itertools.pairwise(ids):
         if before == after:
             raise DataError(f"id {after!r} occurs twice; give each text an id of its own")
-    write_vectors(folder / VECTORS, _gather(folder, order, dimension), (len(ids), dimension))
+    write_vectors(folder / VECTORS, _gather(folder, order, dimension), (len(ids), dimension), precision)
     write_ids(folder / IDS, ids)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -36,6 +37,14 @@ class FakeEncoder:
         if self._spoil is not None:
             self._spoil(vectors)
         return vectors
+
+
+class SlowEncoder(FakeEncoder):
+    """Takes a while for each window, so that a run can be killed in its midst."""
+
+    def encode(self, texts: Sequence[str], side: str) -> np.ndarray:
+        time.sleep(0.1)
+        return super().encode(texts, side)
 
 
 class FakeCollection:

@@ -4,6 +4,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,17 @@ import pytest
 from corpus_helpers import FakeCollection, FakeEncoder, card, some_collection
 
 from retrieval_kd.artifacts import Artifact
+from retrieval_kd.collections.base import Document
 from retrieval_kd.encoders import corpus as corpus_module
-from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts, read_ids, write_ids, write_vectors
+from retrieval_kd.encoders.corpus import (
+    EncodedCorpus,
+    Workers,
+    encode_corpus,
+    encode_texts,
+    read_ids,
+    write_ids,
+    write_vectors,
+)
 from retrieval_kd.errors import ArtifactError, DataError, EncoderMismatch
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -238,3 +250,101 @@ def test_same_texts_of_the_other_side_are_encoded_anew(tmp_path: Path) -> None:
     encode_texts(other, {"a": "x"}, "document", tmp_path / "q")
     assert other.seen == ["x"]
     assert Artifact.load(tmp_path / "q", "encode").config["side"] == "document"
+
+
+def test_several_processes_write_the_same_folder(tmp_path: Path) -> None:
+    """Vectors that depend on how many cores encoded them would make every cache and comparison worthless."""
+    collection = some_collection(29)
+    encode_corpus(FakeEncoder(), collection, tmp_path / "one")
+    encode_corpus(FakeEncoder(), collection, tmp_path / "two", workers=Workers(FakeEncoder, 2))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_an_error_in_a_process_is_the_error_of_the_run(tmp_path: Path) -> None:
+    """A shard that failed elsewhere must not be missed, and must be named as if it had failed here."""
+    workers = Workers(partial(FakeEncoder, spoil=_spoil), 2)
+    with pytest.raises(DataError, match="its vector is not finite"):
+        encode_corpus(FakeEncoder(), some_collection(), tmp_path / "out", workers=workers)
+    with pytest.raises(ArtifactError):
+        EncodedCorpus.load(tmp_path / "out")
+
+
+def _spoil(vectors: np.ndarray) -> None:
+    vectors[0, 0] = np.nan
+
+
+def test_killed_parent_leaves_no_process_and_a_folder_to_go_on_from(tmp_path: Path) -> None:
+    """Orphans would encode into a folder that the next run is already writing."""
+    script = """
+        import sys, time
+        from functools import partial
+        from pathlib import Path
+        from corpus_helpers import SlowEncoder, some_collection
+        from retrieval_kd.encoders.corpus import Workers, encode_corpus
+        from retrieval_kd.encoders import corpus
+
+        if __name__ == "__main__":
+            corpus.SHARD_SIZE = 3
+            encode_corpus(SlowEncoder(), some_collection(60), Path(sys.argv[1]), workers=Workers(SlowEncoder, 2))
+    """
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(script))
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS / 'encoders'}{os.pathsep}{TESTS.parent}"}
+    run = subprocess.Popen([sys.executable, str(path), str(out)], env=environment)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("ids-*.txt"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    run.kill()
+    run.wait()
+    assert children
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    resumed = FakeEncoder()
+    encode_corpus(resumed, some_collection(60), out)
+    assert 0 < len(resumed.seen) <= 54
+    encode_corpus(FakeEncoder(), some_collection(60), tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_float16_keeps_half_the_bytes_and_three_digits(tmp_path: Path) -> None:
+    """Half the disk of a large corpus; the two precisions must never be taken for one another."""
+    encode_corpus(FakeEncoder(), some_collection(), tmp_path / "whole")
+    encode_corpus(FakeEncoder(), some_collection(), tmp_path / "half", precision="float16")
+    whole, half = EncodedCorpus.load(tmp_path / "whole"), EncodedCorpus.load(tmp_path / "half")
+    assert half.vectors.dtype == np.float16
+    assert half.ids == whole.ids
+    np.testing.assert_array_equal(half.vectors, whole.vectors.astype(np.float16))
+    assert half.fingerprint != whole.fingerprint
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """A corpus larger than memory is the reason why there are windows."""
+    import tracemalloc
+
+    class Streamed(FakeCollection):
+        def __init__(self, count: int) -> None:
+            super().__init__([])
+            self.count = count
+            self.corpus_fingerprint = str(count)
+
+        def documents(self) -> Iterator[Document]:
+            return (Document(f"{i:06d}", "", "x" * 2000 + str(i)) for i in range(self.count))
+
+    peaks = []
+    for count in (30, 180):
+        encoder = FakeEncoder()
+        encoder.seen = _Forgetful()
+        tracemalloc.start()
+        encode_corpus(encoder, Streamed(count), tmp_path / str(count))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Texts of 300 kB went by; ids and file names may stay.
+    assert peaks[1] - peaks[0] < 150_000
+
+
+class _Forgetful(list):  # type: ignore[type-arg]
+    def __iadd__(self, other: object) -> _Forgetful:  # type: ignore[misc,override]
+        return self
