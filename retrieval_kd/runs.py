@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,7 +208,8 @@ def _add(documents: dict[str, float], line: _Line, path: Path) -> None:
         raise DataError(
             f"{path}:{line.number}: query {line.query_id!r} lists document {line.doc_id!r} twice; keep one line"
         )
-    documents[line.doc_id] = line.score
+    # Documents recur from query to query: one string for each, however many rankings are held.
+    documents[sys.intern(line.doc_id)] = line.score
 
 
 def _lines(path: Path, file: BinaryIO, first: int = 1) -> Iterator[_Line]:

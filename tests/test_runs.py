@@ -176,3 +176,11 @@ def test_a_run_on_disk_does_not_hold_its_documents(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert len(run["query-7"]) == 200
     assert held < 200 * 1000 < path.stat().st_size
+
+
+def test_rankings_share_the_ids_of_their_documents(tmp_path: Path) -> None:
+    """Without it the pools of a million queries would hold each document's id a thousand times."""
+    path = tmp_path / "run.trec"
+    path.write_text("a Q0 document-1 1 2 t\nb Q0 document-1 1 2 t\n")
+    run = TrecFiles([path])
+    assert run["a"].doc_ids[0] is run["b"].doc_ids[0]
