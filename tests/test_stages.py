@@ -98,6 +98,26 @@ def test_stages_are_reused_and_a_changed_one_alone_is_made_again(tiny: Path) -> 
     assert said == ["train the asymmetric student of stage hard"]
 
 
+def test_training_anew_beside_an_unfinished_run_says_which_key_changed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a killed training started again with one key changed would go on from nothing without a word."""
+    said: list[str] = []
+    common = tiny_overrides(tiny, "asymmetric")
+    with monkeypatch.context() as patch:
+        patch.setattr("retrieval_kd.training.loop.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        for epochs in ("schedule.epochs=4", "schedule.epochs=7"):
+            recipe = load_recipe("leaf", [*common, epochs, "seed=5"])
+            with pytest.raises(KeyboardInterrupt):
+                _ = Workspace(recipe, tmp_path, said.append).last.folder
+        with pytest.raises(KeyboardInterrupt):
+            _ = Workspace(recipe, tmp_path, said.append).last.folder
+    first, changed, resumed = (line for line in said if line.startswith("train"))
+    assert first == resumed == "train the asymmetric student"
+    assert changed.startswith("train the asymmetric student from the beginning: the unfinished train-")
+    assert changed.endswith("was made otherwise (schedule.epochs: 4 -> 7)")
+
+
 def test_one_stage_under_a_name_is_the_recipe_itself(tiny: Path) -> None:
     """Without it stages would be a second path through training, with results of their own."""
     plain = workspace(tiny, *tiny_overrides(tiny, "asymmetric"))

@@ -9,7 +9,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifacts import MANIFEST, Artifact, Spec, build, file_sha256, fingerprint
+from retrieval_kd.artifacts import MANIFEST, PLAN, Artifact, Spec, build, config_of, file_sha256, fingerprint
+from retrieval_kd.changes import changes, shown
 from retrieval_kd.collections import open_collection
 from retrieval_kd.collections.base import Collection, dev_queries, training_queries
 from retrieval_kd.collections.beir import write_beir
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 RUN = "run-{:05d}.trec"
 RUN_QUERIES = 4096
+NEARLY_THE_SAME = 3
 DEV_POOL_QUERIES = 100
 DEV_POOL_DEPTH = 10
 PROBE_QUERIES = 200
@@ -414,11 +416,29 @@ class Workspace:
         return Probes(chosen, documents, judged, corpus)
 
     def folder(self, spec: Spec, doing: str) -> Path:
-        """Return the folder of a stage, named by its identity; says what is being done if it is still to be made."""
+        """Return the folder of a stage, named by its identity; says what is being done if it is still to be made.
+
+        A stage that was left unfinished under nearly the same configuration is named with the keys that differ: it is
+        not what goes on.
+        """
         folder = self.root / f"{spec.stage}-{spec.fingerprint[:12]}"
         if not (folder / MANIFEST).is_file():
-            self._announce(doing)
+            anew = "" if (folder / PLAN).is_file() else self._left_unfinished(spec)
+            self._announce(doing + anew)
         return folder
+
+    def _left_unfinished(self, spec: Spec) -> str:
+        left = {}
+        for plan in sorted(self.root.glob(f"{spec.stage}-*/{PLAN}")):
+            config = config_of(plan.parent) or {}
+            differences = changes(config, spec.config)
+            # Some stages are built under a configuration of their own, which says nothing about this one.
+            if config.keys() == spec.config.keys() and 0 < len(differences) <= NEARLY_THE_SAME:
+                left[plan.parent.name] = differences
+        if not left:
+            return ""
+        name, differences = min(left.items(), key=lambda item: len(item[1]))
+        return f" from the beginning: the unfinished {name} was made otherwise ({shown(differences)})"
 
 
 def _some_queries(queries: Mapping[str, str], limit: int) -> dict[str, str]:
