@@ -282,12 +282,54 @@ def test_store_that_cannot_be_written_says_so(tmp_path: Path) -> None:
         build_index(OLD, EXACT, tmp_path / "file" / "store")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
-def test_read_only_store_says_so(tmp_path: Path) -> None:
-    """Wrong permissions are the most common deployment mistake."""
-    tmp_path.chmod(0o555)
-    with pytest.raises(ArtifactError, match="cannot write the index"):
-        build_index(OLD, EXACT, tmp_path / "store")
+def test_read_only_store_is_searched_and_not_written() -> None:
+    """Servers run as users who may not write; wrong permissions are the most common deployment mistake."""
+    run_script(
+        """
+        import os, tempfile
+        from pathlib import Path
+        from test_index_store import HNSW, NEW, OLD, QUERY
+        from index.build import build_index
+        from index.search import Searcher
+        from index.store import IndexStore
+        from retrieval_kd.errors import ArtifactError
+
+        with tempfile.TemporaryDirectory() as folder:
+            store = Path(folder) / "store"
+            first = build_index(OLD, HNSW, store)
+            build_index(NEW, HNSW, store)
+            if os.geteuid() == 0:
+                os.chmod(folder, 0o755)
+                os.seteuid(65534)
+            else:
+                for path in [store, *store.rglob("*")]:
+                    path.chmod(0o555 if path.is_dir() else 0o444)
+            try:
+                searcher = Searcher.open(store)
+                assert len(searcher.search(QUERY, 5)[0]) == 5
+                attempts = {
+                    "cannot write the index": [
+                        lambda: build_index(OLD, HNSW, store / "other"),
+                        lambda: IndexStore(store).rollback(),
+                        lambda: IndexStore(store).publish_existing(first.name),
+                    ],
+                    "cannot write updates": [lambda: searcher.upsert(["x"], QUERY), lambda: searcher.delete(["x"])],
+                    "cannot remove a version": [lambda: IndexStore(store).collect(keep=1)],
+                }
+                for message, works in attempts.items():
+                    for work in works:
+                        try:
+                            work()
+                            raise SystemExit(f"done, not: {message}")
+                        except ArtifactError as error:
+                            assert message in str(error), error
+            finally:
+                if os.getuid() == 0:
+                    os.seteuid(0)
+                for path in [store, *store.rglob("*")]:
+                    path.chmod(0o755 if path.is_dir() else 0o644)
+        """
+    )
 
 
 def test_inspect_is_json_and_names_the_encoder(tmp_path: Path) -> None:

@@ -217,6 +217,20 @@ def test_updates_that_come_while_a_build_runs_are_handed_on(tmp_path: Path, monk
             assert again.search(ASKED[1:2], 1)[0].doc_ids == ("late",)
 
 
+def test_damage_of_folded_updates_is_found_and_named(tmp_path: Path) -> None:
+    """The next build reads them; a flipped bit would become a document's vector."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        searcher.upsert(["new"], NEWS[:1])
+    version = build_index(BASE, IndexSpec(), tmp_path)
+    content = bytearray((version / "updates.log").read_bytes())
+    content[-2] ^= 4
+    (version / "updates.log").chmod(0o644)
+    (version / "updates.log").write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"updates\.log: bytes differ"):
+        Searcher.open(tmp_path)
+
+
 def test_updates_by_another_encoder_are_not_folded_in(tmp_path: Path) -> None:
     """Vectors of two spaces in one index are confident nonsense."""
     build_index(BASE, IndexSpec(), tmp_path)
