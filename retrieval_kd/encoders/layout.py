@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrieval_kd.artifacts import read_json, write_json
-from retrieval_kd.encoders.card import EncoderCard, Pooling
+from retrieval_kd.encoders.card import EncoderCard, Pooling, Side
 from retrieval_kd.errors import ArtifactError
 
 MODULES = "modules.json"
@@ -27,6 +27,8 @@ _MODULE_TYPES = {
     "Dense": "sentence_transformers.models.Dense",
     "Normalize": "sentence_transformers.models.Normalize",
 }
+_ROUTER = "sentence_transformers.models.Router"
+SIDES: tuple[Side, Side] = ("query", "document")
 _SUPPORTED = "Transformer, Pooling or StaticEmbedding, optionally Dense, optionally Normalize"
 _SIMILARITIES: Mapping[str, Literal["dot", "cosine"]] = {"cosine": "cosine", "dot": "dot", "dot_product": "dot"}
 
@@ -115,20 +117,56 @@ def write_layout(
     if card.normalize:
         paths["Normalize"] = "3_Normalize"
         (folder / "3_Normalize").mkdir(exist_ok=True)
-    write_json(
-        folder / _SETTINGS,
-        {
-            "prompts": {"query": card.query_prefix, "document": card.document_prefix},
-            "default_prompt_name": None,
-            "similarity_fn_name": card.similarity,
-        },
-    )
+    _write_settings(folder, card.query_prefix, card.document_prefix, card.similarity)
     write_json(
         folder / MODULES,
         [
             {"idx": i, "name": str(i), "path": path, "type": _MODULE_TYPES[kind]}
             for i, (kind, path) in enumerate(paths.items())
         ],
+    )
+
+
+def write_router(folder: Path, query_prefix: str, document_prefix: str, similarity: str) -> None:
+    """Join two finished model folders, ``query`` and ``document``, into one model.
+
+    It is the layout of ``Router.for_query_document``, whose ``encode_query`` and ``encode_document`` choose the
+    tower; each stays a model of its own.
+
+    Args:
+        folder: Holds the two.
+        query_prefix: Text put before every query.
+        document_prefix: Text put before every document.
+        similarity: How vectors are compared.
+    """
+    types: dict[str, str] = {}
+    structure: dict[str, list[str]] = {}
+    for side in SIDES:
+        structure[side] = []
+        for kind, path in _modules(folder / side / MODULES).items():
+            module = f"{side}/{path}" if path else side
+            types[module] = _MODULE_TYPES[kind]
+            structure[side].append(module)
+    write_json(
+        folder / "router_config.json",
+        {
+            "types": types,
+            "structure": structure,
+            "parameters": {"default_route": "document", "allow_empty_key": True, "route_mappings": {}},
+        },
+    )
+    _write_settings(folder, query_prefix, document_prefix, similarity)
+    write_json(folder / MODULES, [{"idx": 0, "name": "0", "path": "", "type": _ROUTER}])
+
+
+def _write_settings(folder: Path, query_prefix: str, document_prefix: str, similarity: str) -> None:
+    write_json(
+        folder / _SETTINGS,
+        {
+            "prompts": {"query": query_prefix, "document": document_prefix},
+            "default_prompt_name": None,
+            "similarity_fn_name": similarity,
+        },
     )
 
 
