@@ -219,6 +219,10 @@ def build(folder: Path, spec: Spec, work: Callable[[Path], Mapping[str, Any]]) -
         ArtifactError: another process is building the same folder, or ``folder`` holds files that no
             stage of ours wrote (they are left alone).
     """
+    # Processes that run the same recipe open what is finished side by side; only building excludes.
+    finished = _finished(folder, spec)
+    if finished is not None:
+        return finished
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         finished = _finished(folder, spec)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from retrieval_kd import processes
+
 if TYPE_CHECKING:
     from retrieval_kd.stages import Workspace
 
@@ -35,8 +37,9 @@ class WithDefault(TyperGroup):
 
 
 def announce(sentence: str) -> None:
-    """Tell the person what is being done, on standard error."""
-    typer.echo(f"» {sentence}", err=True)
+    """Tell the person what is being done, on standard error; one of torchrun's processes speaks for all."""
+    if processes.index() == 0:
+        typer.echo(f"» {sentence}", err=True)
 
 
 def open_workspace(recipe: str, overrides: Sequence[str] | None, artifacts: Path) -> Workspace:
@@ -59,6 +62,8 @@ def open_workspace(recipe: str, overrides: Sequence[str] | None, artifacts: Path
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
     """Print a result: JSON for machines, ``key  value`` lines for people, ``key / inner`` of mappings."""
+    if processes.index() > 0:
+        return
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
         return

@@ -1,16 +1,21 @@
 """What the file layouts share: lines with their place, an offset index, ids, judgements, texts by id.
 
-Documents never all sit in memory. One pass over the corpus file checks every line and keeps the byte
-offset of each document (about 200 bytes for a document); a text is read from the disk when asked for.
+Documents never all sit in memory, nor do their ids. One pass over the corpus file checks every line and
+keeps a hash of each id and the byte its line starts at, 16 bytes for a document; a text is read from the
+disk when asked for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
+from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, NoReturn
+
+import numpy as np
 
 from retrieval_kd.artifacts import file_sha256
 from retrieval_kd.collections.base import Document, Qrels
@@ -71,6 +76,35 @@ def checked_id(value: str, where: str, kind: str) -> str:
     return value
 
 
+class Offsets:
+    """Where each document's line starts, by a hash of 64 bits of its id."""
+
+    def __init__(self, hashes: array[int], starts: array[int]) -> None:
+        """Sort what one pass over the file found."""
+        keys = np.frombuffer(hashes, dtype=np.uint64)
+        order = np.argsort(keys, kind="stable")
+        self._keys = keys[order]
+        self._starts = np.frombuffer(starts, dtype=np.int64)[order]
+
+    @property
+    def repeated(self) -> frozenset[int]:
+        """Return the hashes that several lines have: ids that occur twice."""
+        return frozenset(self._keys[1:][self._keys[1:] == self._keys[:-1]].tolist())
+
+    def find(self, doc_id: str) -> int | None:
+        """Return the first byte of a document's line; None where no id has its hash."""
+        key = np.uint64(_hash(doc_id))
+        place = int(np.searchsorted(self._keys, key))
+        return int(self._starts[place]) if place < len(self._keys) and self._keys[place] == key else None
+
+    def __contains__(self, doc_id: object) -> bool:
+        return isinstance(doc_id, str) and self.find(doc_id) is not None
+
+
+def _hash(doc_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(doc_id.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
 class CorpusFile:
     """A file with one document a line, read by streaming or by id.
 
@@ -83,28 +117,40 @@ class CorpusFile:
         self._parse = parse
 
     @cached_property
-    def offsets(self) -> dict[str, int]:
-        """Return the first byte of each document, in the order of the file.
+    def offsets(self) -> Offsets:
+        """Return the first byte of each document's line.
 
         Raises:
             DataError: a line is not a document, an id occurs twice, or there is no document at all.
         """
-        offsets: dict[str, int] = {}
+        hashes, starts = array("Q"), array("q")
         if not self.path.is_file():
             raise DataError(f"{self.path}: no such file; the layout needs it")
         reported = 0
         with progress(f"read {self.path.name}", self.path.stat().st_size, "bytes") as advance:
             for line in read_lines(self.path):
-                doc_id = self._parse(line.text, line.where).doc_id
-                if doc_id in offsets:
-                    raise DataError(f"{line.where}: document id {doc_id!r} occurs twice; keep one of the lines")
-                offsets[doc_id] = line.offset
+                hashes.append(_hash(self._parse(line.text, line.where).doc_id))
+                starts.append(line.offset)
                 if line.offset - reported >= _REPORT_BYTES:
                     advance(line.offset - reported)
                     reported = line.offset
-        if not offsets:
+        if not starts:
             raise DataError(f"{self.path}: no documents; give one document a line")
+        offsets = Offsets(hashes, starts)
+        if offsets.repeated:
+            self._refuse_repeated(offsets.repeated)
         return offsets
+
+    def _refuse_repeated(self, hashes: Container[int]) -> None:
+        """Name the first id that occurs twice."""
+        seen: set[str] = set()
+        for line in read_lines(self.path):
+            doc_id = self._parse(line.text, line.where).doc_id
+            if doc_id in seen:
+                raise DataError(f"{line.where}: document id {doc_id!r} occurs twice; keep one of the lines")
+            if _hash(doc_id) in hashes:
+                seen.add(doc_id)
+        raise DataError(f"{self.path}: the ids {sorted(seen)} have one hash; give one of the documents another id")
 
     @cached_property
     def sha256(self) -> str:
@@ -124,14 +170,20 @@ class CorpusFile:
             DataError: an id is not in the corpus.
         """
         texts = dict.fromkeys(doc_ids, "")
+        starts: dict[str, int] = {}
         for doc_id in texts:
-            if doc_id not in self.offsets:
+            start = self.offsets.find(doc_id)
+            if start is None:
                 unknown_document(doc_id, str(self.path))
+            starts[doc_id] = start
         with self.path.open("rb") as file:
-            for doc_id in sorted(texts, key=self.offsets.__getitem__):
-                file.seek(self.offsets[doc_id])
-                where = f"{self.path} at byte {self.offsets[doc_id]}"
-                texts[doc_id] = self._parse(_decode(file.readline(), where), where).content
+            for doc_id, start in sorted(starts.items(), key=lambda item: item[1]):
+                file.seek(start)
+                where = f"{self.path} at byte {start}"
+                document = self._parse(_decode(file.readline(), where), where)
+                if document.doc_id != doc_id:
+                    unknown_document(doc_id, str(self.path))
+                texts[doc_id] = document.content
         return texts
 
 

@@ -11,6 +11,7 @@ folder is the same byte for byte.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -83,9 +84,30 @@ class EncodedCorpus:
         return cls(ids, vectors, card, artifact.fingerprint, artifact.inputs["texts"])
 
     @cached_property
-    def row_of(self) -> dict[str, int]:
-        """Return each id's row."""
+    def row_of(self) -> Mapping[str, int]:
+        """Return each id's row; found by bisection where ids ascend, so that a large corpus needs no table."""
+        if all(before < after for before, after in itertools.pairwise(self.ids)):
+            return _Rows(self.ids)
         return {text_id: row for row, text_id in enumerate(self.ids)}
+
+
+class _Rows(Mapping[str, int]):
+    """Ids in ascending order, as a mapping from id to place."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self._ids = ids
+
+    def __getitem__(self, text_id: str) -> int:
+        row = bisect.bisect_left(self._ids, text_id)
+        if row == len(self._ids) or self._ids[row] != text_id:
+            raise KeyError(text_id)
+        return row
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 @dataclass(frozen=True)

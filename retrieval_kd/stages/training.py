@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifacts import Artifact, Spec, build, fingerprint
+from retrieval_kd import processes
+from retrieval_kd.artifacts import MANIFEST, Artifact, Spec, build, fingerprint
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import DataError
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
     from retrieval_kd.encoders.torch_encoder import TorchEncoder
     from retrieval_kd.stages.workspace import Workspace
-    from retrieval_kd.training.batches import ExtraTexts
-    from retrieval_kd.training.towers import DocumentTower, JointReranker
+    from retrieval_kd.training.batches import ExtraTexts, TrainingSet
+    from retrieval_kd.training.dev import DevSet
+    from retrieval_kd.training.towers import DocumentTower, JointReranker, LayerTeacher
 
 RERANKER = "reranker"
 """Where a cross-encoder that learnt along with the student lies in the student's folder."""
@@ -156,7 +158,36 @@ class TrainingStage:
 
     @cached_property
     def folder(self) -> Path:
-        """Train the student and return its folder: a sentence-transformers model with its card and metrics."""
+        """Train the student and return its folder: a sentence-transformers model with its card and metrics.
+
+        Under ``torchrun`` the first process makes what the stage needs, then all of them train.
+        """
+        if processes.count() > 1:
+            return self._trained_together()
+        folder, spec = self._plan()
+        build(folder, spec, self._train)
+        return folder
+
+    def _trained_together(self) -> Path:
+        from retrieval_kd.training.machine import Machine
+
+        machine = Machine()
+        if not machine.main:
+            machine.wait()
+        folder, spec = self._plan()
+        finished = (folder / MANIFEST).is_file()
+        if not finished:
+            _ = self._parts
+        if machine.main:
+            machine.wait()
+            build(folder, spec, self._train)
+        elif not finished:
+            self._train(folder)
+        machine.wait()
+        return folder
+
+    def _plan(self) -> tuple[Path, Spec]:
+        """Return where the stage's result lies, and its identity."""
         workspace = self._workspace
         recipe, stage = workspace.recipe, self.spec
         config = {
@@ -176,23 +207,20 @@ class TrainingStage:
             "start": EncoderCard.load(self._previous.folder).fingerprint if self._previous else "",
         }
         spec = Spec("train", config, inputs, recipe.seed)
-        folder = workspace.folder(spec, f"train the {recipe.student.mode} student{self._of_stage}")
-        build(folder, spec, self._train)
-        return folder
+        return workspace.folder(spec, f"train the {recipe.student.mode} student{self._of_stage}"), spec
 
     def _start(self) -> TorchEncoder:
         from retrieval_kd.encoders.torch_encoder import TorchEncoder
 
         return TorchEncoder.open(self._previous.folder) if self._previous else self._workspace.untrained_student()
 
-    def _train(self, folder: Path) -> Mapping[str, Any]:
-        from retrieval_kd.teachers.cross_encoder import save_classifier
+    @cached_property
+    def _parts(self) -> tuple[TrainingSet, DevSet, LayerTeacher]:
+        """Make what training reads besides the student."""
         from retrieval_kd.training.batches import TrainingSet
-        from retrieval_kd.training.loop import train
-        from retrieval_kd.training.towers import FrozenDocuments, LayerTeacher, LiveDocuments
+        from retrieval_kd.training.towers import LayerTeacher
 
         workspace, stage = self._workspace, self.spec
-        student = self._start()
         rows = [workspace.query_vectors.row_of[item.query_id] for item in self.lists]
         data = TrainingSet(
             lists=self.lists,
@@ -204,6 +232,17 @@ class TrainingStage:
             maxsim=self._maxsim() if self._scores_batches else None,
             extra=self._extra(),
         )
+        layers, queries = workspace.recipe.student.layers, workspace.training_queries
+        return data, workspace.dev_set, LayerTeacher(workspace.start, layers, queries, workspace.collection)
+
+    def _train(self, folder: Path) -> Mapping[str, Any]:
+        from retrieval_kd.teachers.cross_encoder import save_classifier
+        from retrieval_kd.training.loop import train
+        from retrieval_kd.training.towers import FrozenDocuments, LiveDocuments
+
+        workspace, stage = self._workspace, self.spec
+        student = self._start()
+        data, dev, layer_teacher = self._parts
 
         def documents(device: torch.device) -> DocumentTower:
             if workspace.recipe.student.mode == "asymmetric":
@@ -211,23 +250,22 @@ class TrainingStage:
             return LiveDocuments(student, workspace.collection, workspace.corpus, device)
 
         joint = None if stage.joint is None else self._joint(stage.joint)
-        seed = workspace.recipe.seed
-        layers, queries = workspace.recipe.student.layers, workspace.training_queries
         summary = train(
             student,
             documents,
             data,
-            workspace.dev_set,
+            dev,
             stage.losses,
             stage.schedule,
-            seed,
+            workspace.recipe.seed,
             folder,
-            layer_teacher=LayerTeacher(workspace.start, layers, queries, workspace.collection),
+            layer_teacher=layer_teacher,
             joint=joint,
         )
-        if joint is not None:
-            save_classifier(joint.module, self.teacher.folder, folder / RERANKER)
-        student.save(folder)
+        if processes.index() == 0:
+            if joint is not None:
+                save_classifier(joint.module, self.teacher.folder, folder / RERANKER)
+            student.save(folder)
         return {"stage": stage.name, **summary}
 
     def _joint(self, spec: JointSpec) -> JointReranker:

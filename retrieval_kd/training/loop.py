@@ -199,6 +199,8 @@ class _Run:
         if stacked and layer_teacher is None:
             raise RecipeError(f"losses: {stacked[0]} needs layers of student and teacher, which this run does not give")
         self.layer_teacher = layer_teacher if stacked else None
+        if self.layer_teacher is not None:
+            self.layer_teacher.to(machine.device)
         texts = {**data.texts, **data.extra.texts} if data.extra else data.texts
         self.queries = Tower(student, TokenRows(student.tokenizer, "query", lambda ids: texts))
         student.to(machine.device)

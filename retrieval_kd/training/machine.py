@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from retrieval_kd import processes
 from retrieval_kd.errors import DataError, RecipeError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -41,8 +42,8 @@ class Machine:
         # the stages of a recipe may differ in theirs, and on a CPU it takes torchrun's processes for strangers.
         gpus = torch.cuda.is_available()
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpus else torch.device("cpu")
-        self.processes = int(os.environ.get("WORLD_SIZE", 1))
-        self.index = int(os.environ.get("RANK", 0))
+        self.processes = processes.count()
+        self.index = processes.index()
         if gpus:
             torch.cuda.set_device(self.device)
         if self.processes > 1 and not distributed.is_initialized():

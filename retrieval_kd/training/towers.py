@@ -187,9 +187,14 @@ class LayerTeacher:
     ) -> None:
         """Freeze ``encoder``; ``texts`` are the queries by id."""
         encoder.eval()
+        self._encoder = encoder
         self.layers = tuple(layers)
         self.queries = Tower(encoder, TokenRows(encoder.tokenizer, "query", lambda ids: texts), frozen=True)
         self.documents = Tower(encoder, TokenRows(encoder.tokenizer, "document", collection.contents), frozen=True)
+
+    def to(self, device: torch.device) -> None:
+        """Move the teacher to the device of training."""
+        self._encoder.to(device)
 
 
 class JointReranker:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tiny import tiny_collection_folder, tiny_encoder_folder, tiny_overrides
 from training_jobs import Job, cases, one_step
+from typer.testing import CliRunner
 
+from retrieval_kd.cli.main import app
 from retrieval_kd.training.machine import Machine
 
 
@@ -24,6 +27,14 @@ def main(folder: Path) -> None:
     job.student.double()
     job.run(folder / "run")
     found.update({f"run|{name}": tensor for name, tensor in job.student.state_dict().items()})
+    if machine.main:
+        tiny_collection_folder(folder / "tiny-collection")
+        tiny_encoder_folder(folder / "tiny-encoder")
+    machine.wait()
+    overrides = [part for one in tiny_overrides(folder, "symmetric") for part in ("--set", one)]
+    arguments = ["train", "margin_mse", *overrides, "--artifacts", str(folder / "artifacts"), "--json"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    (folder / f"stdout-{machine.index}.json").write_text(done.stdout)
     # Every process must come to the same weights, not the first alone.
     save_file(found, folder / f"process-{machine.index}.safetensors")
     machine.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_jobs import Job, assert_equal, cases, curve, events, one_step
+
+from retrieval_kd.artifacts import Artifact
+from retrieval_kd.encoders.torch_encoder import TorchEncoder
 
 HERE = Path(__file__).parent
 
@@ -60,3 +64,15 @@ def test_two_processes_end_with_the_weights_of_one(together: Path, tmp_path: Pat
     for one, two in zip(events(tmp_path), events(together / "run"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
         assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_under_torchrun(together: Path) -> None:
+    """Without it the processes would fight over the mining and scoring before training, or print and publish twice."""
+    said = json.loads((together / "stdout-0.json").read_text())
+    assert (together / "stdout-1.json").read_text() == ""
+    (stage,) = together.glob("artifacts/train-*")
+    assert str(stage) in json.dumps(said)
+    assert TorchEncoder.open(stage).card.role == "symmetric"
+    assert Artifact.load(stage, "train").summary["steps"] == 24
+    assert len(list(together.glob("artifacts/*/manifest.json"))) == len(list(together.glob("artifacts/*")))

@@ -184,7 +184,7 @@ def one_step(
         )
     )
     torch.manual_seed(1)
-    return run.step(ROWS, 1.0, 0.5, "step")["loss"], gradients
+    return run.step(ROWS, None, 1.0, 0.5, "step")["loss"], gradients
 
 
 def assert_equal(one: Outcome, other: Outcome, within: float) -> None:
