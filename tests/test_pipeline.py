@@ -30,6 +30,9 @@ def own_overrides(tiny: Path, name: str) -> list[str]:
         "taid": ["losses.0.options.start=1.0"],
         "ckd": ["losses.0.options.size=1"],
         "pair_distill": [f"teacher={{members: [{{kind: pairwise, max_length: 64, {made}}}]}}"],
+        "small_reranker": [
+            "teacher.compress={layers: [1], stages: [{target: hidden, batch_queries: 8}, {target: logits}]}"
+        ],
         "rocketqa_v2": ["teacher.normalise=none", "teacher.encoder_weight=0.0"],
     }.get(name, [])
 
