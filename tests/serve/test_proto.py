@@ -106,7 +106,7 @@ def current() -> descriptor_pb2.FileDescriptorProto:
 def test_clients_of_every_stored_protocol_still_work(path: Path) -> None:
     """Without it a renumbered field would be read as another one by every client in the field.
 
-    A new file is stored with: protoc --descriptor_set_out=tests/serve/protocols/NAME.binpb
+    Each released revision is stored with: protoc --descriptor_set_out=tests/serve/protocols/v1-N.binpb
     """
     (old,) = (
         file

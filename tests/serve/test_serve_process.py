@@ -1,5 +1,6 @@
 """The server as a process: what it imports, how it ends, and the image it is shipped in."""
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import pytest
 from retrieval_kd.errors import ServeError
 from serve.client import RetrievalClient
 from serve.health import check_health
+from serve.tls import require_safe_address
 
 ROOT = Path(__file__).resolve().parents[2]
 StartProcess = Callable[..., tuple[subprocess.Popen[str], str]]
@@ -111,6 +113,13 @@ def test_the_image_serves_without_torch_as_an_ordinary_user() -> None:
     assert "HEALTHCHECK" in instructions
     assert "serve.health" in instructions
     assert re.search(r"^ENTRYPOINT \[", instructions, flags=re.MULTILINE), "shell form would swallow SIGTERM"
+
+
+def test_the_images_command_may_listen_where_it_says() -> None:
+    """Without it the container would refuse its own address and stop at once."""
+    (entry,) = re.findall(r"^ENTRYPOINT (\[.*\])", stages()[-1], flags=re.MULTILINE)
+    words = json.loads(entry)
+    require_safe_address(words[words.index("--host") + 1], None, insecure="--insecure" in words)
 
 
 def test_every_file_the_image_copies_exists() -> None:

@@ -14,7 +14,7 @@ import pytest
 from tiny import tiny_encoder
 
 from index.build import build_index
-from retrieval_kd.encoders.corpus import encode_texts
+from retrieval_kd.encoders.corpus import EncodedCorpus, encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import ServeError
 from retrieval_kd.export.onnx_export import export_encoder
@@ -38,6 +38,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_encoder(tiny_encoder(), folder / "encoder", ExportSpec(), probes)
     encoder = OnnxEncoder.load(folder / "encoder")
     build_index(encode_texts(encoder, documents, "document", folder / "corpus"), IndexSpec(), folder / "store")
+    more = {**documents, "d20": "w20 w21"}
+    encode_texts(encoder, more, "document", folder / "more")
     return folder
 
 
@@ -114,7 +116,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_workers_share_calls_and_metrics_and_a_dead_one_is_replaced(start: StartWorkers) -> None:
+def test_workers_share_calls_and_metrics_and_a_dead_one_is_replaced(start: StartWorkers, world: Path) -> None:
     """Without it one crash would halve a server for good, and metrics would show one worker of several."""
     metrics = free_port()
     process, port = start("--workers", 2, "--metrics-port", metrics)
@@ -124,6 +126,9 @@ def test_workers_share_calls_and_metrics_and_a_dead_one_is_replaced(start: Start
     searches = 'rkd_requests_total{code="OK",method="/dense.retrieval.v1.RetrievalService/Search"'
     assert metric(metrics, searches) == 12
     assert metric(metrics, "rkd_index_documents ") == 20
+    build_index(EncodedCorpus.load(world / "more"), IndexSpec(), world / "store")
+    process.send_signal(signal.SIGHUP)
+    until(lambda: metric(metrics, "rkd_index_documents ") == 21)
     os.kill(first[0], signal.SIGKILL)
     until(lambda: len(children(process)) == 2 and first[0] not in children(process))
     until(lambda: all(answers(port) for _ in range(12)))
