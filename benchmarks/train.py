@@ -62,7 +62,7 @@ class Setting:
         self.collection = open_collection(CollectionSpec(arguments.collection))
         self.start = TorchEncoder.load(EncoderSpec(arguments.model, max_length=MAX_LENGTH))
         self.schedule = ScheduleSpec(
-            epochs=1, batch_queries=arguments.batch, learning_rate=1e-4, warmup=0.1, evaluations=1, checkpoints=1
+            epochs=1, batch_queries=arguments.batch, learning_rate=1e-4, warmup=0.0, evaluations=1, checkpoints=1
         )
         self.qrels = self.collection.qrels("train")
         self.texts = judged_queries(self.collection, arguments.steps * arguments.batch)
@@ -137,7 +137,9 @@ def train_peer(setting: Setting, mode: str, folder: Path) -> dict[str, Any]:
     with quiet_transformers():
         model = SentenceTransformer(str(folder / "student"), device="cpu")
         if mode == "asymmetric":
-            setting.start.save(folder / "start")
+            # Its trainer puts the frozen side into training mode too, so that side must have no dropout either.
+            everything = StudentSpec(mode="symmetric", layers=tuple(range(setting.start.card.layers)))
+            build_student(setting.start, everything, setting.start.card).save(folder / "start")
             frozen = SentenceTransformer(str(folder / "start"), device="cpu").requires_grad_(False)
             router = Router.for_query_document(query_modules=list(model), document_modules=list(frozen))
             model = SentenceTransformer(modules=[router], device="cpu")
@@ -162,7 +164,7 @@ def train_peer(setting: Setting, mode: str, folder: Path) -> dict[str, Any]:
         num_train_epochs=schedule.epochs,
         per_device_train_batch_size=schedule.batch_queries,
         learning_rate=schedule.learning_rate,
-        warmup_steps=schedule.warmup,
+        warmup_steps=0,
         lr_scheduler_type="linear",
         weight_decay=schedule.weight_decay,
         max_grad_norm=schedule.clip,
@@ -225,7 +227,8 @@ def measured(arguments: argparse.Namespace, mode: str) -> dict[str, Any]:
             runs[system].append(in_a_process(arguments, system, mode))
     final = {system: float(np.mean(some[0]["losses"][-arguments.steps // 5 :])) for system, some in runs.items()}
     if not abs(final[OURS] - final[PEER]) <= LARGEST_DIFFERENCE * final[PEER]:
-        sys.exit(f"{mode}: the final losses are {final}, so the systems did not train the same and cannot be compared")
+        losses = {system: some[0]["losses"] for system, some in runs.items()}
+        sys.exit(f"{mode}: the losses are {losses}, so the systems did not train the same and cannot be compared")
     lists = arguments.steps * arguments.batch
     ratios = {
         unit: [peer[unit] / ours[unit] for ours, peer in zip(runs[OURS], runs[PEER], strict=True)]

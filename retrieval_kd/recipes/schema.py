@@ -528,6 +528,8 @@ class ScheduleSpec:
             ``uniform`` over the steps from ``average_from`` on, ``ema`` with the older ones forgotten.
         average_decay: What ``ema`` keeps of the average at each step.
         average_from: Share of the steps after which averaging begins.
+        size_weights: Weight in the loss of each width of the student's vectors, the full one first and then
+            ``student.matryoshka`` in order; 1 for each when empty.
     """
 
     epochs: int = 4
@@ -547,6 +549,7 @@ class ScheduleSpec:
     average: Literal["none", "ema", "uniform"] = "none"
     average_decay: float = 0.99
     average_from: float = 0.5
+    size_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse schedules that cannot run."""
@@ -558,6 +561,10 @@ class ScheduleSpec:
         _require(self.weight_decay >= 0, f"schedule.weight_decay: {self.weight_decay} must not be negative")
         _require(self.clip > 0, f"schedule.clip: {self.clip} must be above 0")
         _require(0 < self.average_decay < 1, f"schedule.average_decay: {self.average_decay} is not in (0, 1)")
+        _require(
+            all(weight >= 0 for weight in self.size_weights) and (not self.size_weights or max(self.size_weights) > 0),
+            f"schedule.size_weights: {list(self.size_weights)} must not be negative, and one must be above 0",
+        )
         _require(0 <= self.average_from < 1, f"schedule.average_from: {self.average_from} is not in [0, 1)")
 
 

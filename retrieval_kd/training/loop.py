@@ -193,7 +193,7 @@ class _Run:
         self.machine = machine
         self.data = data
         self.schedule = schedule
-        self.terms = Terms(losses, dict.fromkeys(student.card.dimensions, 1.0))
+        self.terms = Terms(losses, _sizes(student, schedule))
         self.joint = joint
         stacked = [spec.name for spec in losses if LOSSES[spec.name].kind == "stacks"]
         if stacked and layer_teacher is None:
@@ -371,6 +371,18 @@ def _steps(
             if step >= start:
                 yield step, epoch, positions
             step += 1
+
+
+def _sizes(student: TorchEncoder, schedule: ScheduleSpec) -> dict[int, float]:
+    """Return the weight of each width that the student's card promises."""
+    widths = student.card.dimensions
+    weights = schedule.size_weights or (1.0,) * len(widths)
+    if len(weights) != len(widths):
+        raise RecipeError(
+            f"schedule.size_weights: {len(weights)} weights for the widths {list(widths)}; give one for each, the full "
+            "one first"
+        )
+    return dict(zip(widths, weights, strict=True))
 
 
 def _check_widths(

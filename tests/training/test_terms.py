@@ -157,6 +157,18 @@ def test_matryoshka_is_the_loss_of_cut_vectors_summed(name: str) -> None:
     assert found == pytest.approx(float(parts[0] + 0.5 * parts[1]), rel=1e-12)
 
 
+def test_sizes_are_weighed_as_the_schedule_says(tmp_path: Path) -> None:
+    """Without it the small sizes, whose losses are larger, could not be held back."""
+    found = []
+    for number, weights in enumerate([(1.0, 0.0), (0.0, 1.0), (2.0, 3.0)]):
+        schedule = replace(SCHEDULE, epochs=1, size_weights=weights)
+        Job(sizes=(8,)).run(tmp_path / str(number), (LossSpec("listwise_kl"),), schedule)
+        found.append(events(tmp_path / str(number))[0]["loss"])
+    assert found[2] == pytest.approx(2 * found[0] + 3 * found[1], rel=1e-5)
+    with pytest.raises(RecipeError, match=r"size_weights: 1 weights for the widths \[16, 8\]; give one for each"):
+        Job(sizes=(8,)).run(tmp_path / "x", (LossSpec("listwise_kl"),), replace(SCHEDULE, size_weights=(1.0,)))
+
+
 def test_targets_of_another_width_stay_whole() -> None:
     """Without it a relational loss would compare a small size with a random cut of a wider teacher."""
     step = a_step(query_targets=vectors(2, 9, seed=3), document_targets=vectors(3, 9, seed=4))
