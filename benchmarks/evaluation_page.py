@@ -24,8 +24,7 @@ def main() -> None:
 
 def page() -> str:
     """Return the page's text."""
-    parts = [(DOCS / "evaluation" / "page.md").read_text(encoding="utf-8")]
-    text = parts[0]
+    text = (STORED / "page.md").read_text(encoding="utf-8")
     for marker, make in SECTIONS.items():
         text = text.replace(f"<!-- {marker} -->", make())
     return text
@@ -101,8 +100,14 @@ def example() -> str:
         [row["name"], *(f"{row['sets'][name]['nDCG@10']:.3f}" for name in sets), f"{row['mean']['nDCG@10']:.3f}"]
         for row in summary["systems"]
     ]
-    sizes = "; ".join(f"{entry['name']}, {entry['queries']:,} queries" for entry in summary["sets"])
-    return f"{table(['nDCG@10', *sets, f'mean of {len(sets)}'], rows)}\n\nSplit {summary['split']}: {sizes}."
+    sizes = "; ".join(f"{_short(entry['name'])}, {entry['queries']:,} queries" for entry in summary["sets"])
+    short = [_short(name) for name in sets]
+    return f"{table(['nDCG@10', *short, f'mean of {len(sets)}'], rows)}\n\nSplit {summary['split']}: {sizes}."
+
+
+def _short(name: str) -> str:
+    """Return a collection's name without its distractors, which the page names."""
+    return name.split("+")[0]
 
 
 SECTIONS = {

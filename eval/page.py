@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from eval import formats, plots
-from eval.tables import caption
+from eval.tables import caption, summary_caption
 
 Report = Mapping[str, Any]
 Draw = Callable[[int, int], str]
@@ -66,6 +66,18 @@ def render_page(report: Report) -> str:
         plots={plot.section: [p for p in drawn if p.section == plot.section] for plot in drawn},
         plot_rules=Markup(plots.RULES),  # noqa: S704 - our own style sheet
     )
+
+
+def render_summary(summary: Report, folders: Mapping[str, str]) -> str:
+    """Return the page of the means over sets.
+
+    Args:
+        summary: See :func:`eval.suite.summarise`.
+        folders: Each collection's name and the folder of its report, beside the page.
+    """
+    template = _environment().get_template("summary.html.j2")
+    rules = Markup(plots.RULES)  # noqa: S704 - our own style sheet
+    return template.render(summary=summary, caption=summary_caption(summary), folders=folders, plot_rules=rules)
 
 
 def report_plots(report: Report) -> Iterator[Plot]:

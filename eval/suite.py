@@ -14,6 +14,7 @@ from eval.dense import DenseSystem
 from eval.fidelity import agreement_entry, cosines, fidelity, require_retrieval
 from eval.measures import parse_measure
 from eval.opening import Opener
+from eval.page import render_summary
 from eval.reference import reference_means, reference_rows
 from eval.report import write_report
 from eval.results import SystemResult
@@ -21,7 +22,7 @@ from eval.shape import Passages, Shape, matches_itself
 from eval.significance import compare
 from eval.specs import SystemSpec, in_order
 from eval.systems import System, judge
-from retrieval_kd.artifacts import write_json
+from retrieval_kd.artifacts import atomic_write, write_json
 from retrieval_kd.collections import beir, msmarco
 from retrieval_kd.collections.base import Collection, split_queries
 from retrieval_kd.collections.irds import PREFIX
@@ -31,6 +32,7 @@ from retrieval_kd.recipes.schema import CollectionSpec
 from retrieval_kd.runs import Run, write_qrels
 
 SUMMARY_JSON = "summary.json"
+SUMMARY_HTML = "summary.html"
 QRELS_TXT = "qrels.txt"
 
 
@@ -149,7 +151,11 @@ def run_suite(
             report = _measure(collection, ordered, setup, opener, where, command, announce)
             reports.append({**report, "group": part.group})
     if len(sets) > 1:
-        write_json(out / SUMMARY_JSON, summarise(reports))
+        summary = summarise(reports)
+        names = [str(report["collection"]) for report in reports]
+        with atomic_write(out / SUMMARY_HTML) as file:
+            file.write(render_summary(summary, dict(zip(names, folders, strict=True))))
+        write_json(out / SUMMARY_JSON, summary)
     return reports
 
 

@@ -356,8 +356,8 @@ def _suite(
     typer.echo("\n\n".join(format_report(report) for report in reports))
     if len(reports) > 1:
         typer.echo(f"\n{format_summary(summarise(reports))}")
-    if out is not None and len(reports) == 1:
-        typer.echo(f"\n{out / 'report.html'}")
+    if out is not None:
+        typer.echo(f"\n{out / ('report.html' if len(reports) == 1 else 'summary.html')}")
 
 
 def _command() -> str:

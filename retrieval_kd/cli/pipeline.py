@@ -14,6 +14,7 @@ from typing import Any
 
 import typer
 
+from eval.fidelity import agreement_entry, fidelity
 from eval.report import write_report
 from eval.results import SystemResult
 from eval.systems import (
@@ -175,6 +176,10 @@ def _evaluate(workspace: Workspace, folder: Path, command: str) -> None:
         training=_curves(workspace, offline.name),
         provenance={"command": command, "recipe": resolved(recipe), "collection": workspace.collection.fingerprint},
         notes=_notes(baseline, rerankers, start, offline, len(queries)),
+        agreements=[
+            agreement_entry(system.name, baseline.name, fidelity(system.run or {}, baseline.run or {}), None)
+            for system in (start, offline)
+        ],
         seed=recipe.seed,
     )
 

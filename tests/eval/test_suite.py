@@ -137,6 +137,11 @@ def test_the_mean_over_sets_weighs_sets_and_groups_alike(tiny: Path, second: Pat
     summary = json.loads((out / "summary.json").read_text())
     assert summary == json.loads(json.dumps(summarise(reports)))
     assert [entry["name"] for entry in summary["sets"]] == ["tiny-collection", "forums"]
+    html = (out / "summary.html").read_text()
+    assert [part for part in ("tiny-collection", "one", "two") if f'href="{part}/report.html"' in html] == [
+        "tiny-collection", "one", "two",
+    ]  # fmt: skip
+    assert "mean of 2" in html
     assert summary["sets"][1]["collections"] == ["one", "two"]
     values = [next(iter(_means(report).values())) for report in reports]
     (row,) = summary["systems"]
