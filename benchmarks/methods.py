@@ -25,7 +25,7 @@ import numpy as np
 from eval.dense import DenseSystem, encoded
 from eval.measures import Evaluation, evaluate
 from eval.significance import Comparison, bootstrap_interval, compare
-from retrieval_kd.artifacts import fingerprint, producers, write_json
+from retrieval_kd.artifacts import atomic_write, fingerprint, producers
 from retrieval_kd.collections import open_collection
 from retrieval_kd.collections.base import Collection, split_queries
 from retrieval_kd.encoders.base import Encoder
@@ -65,8 +65,7 @@ def main() -> None:
         path = RESULTS / arguments.label / f"{name}.json"
         if not path.is_file():
             say(f"{name} ({arguments.mode})")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, measured(name, arguments, collections))
+            store(path, measured(name, arguments, collections))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,6 +94,13 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def store(path: Path, result: Result) -> None:
+    """Write a result as one line: thousands of values on lines of their own would drown every change to them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(json.dumps(result, sort_keys=True) + "\n")
+
+
 def say(text: str) -> None:
     sys.stderr.write(f"» {text}\n")
 
@@ -116,13 +122,12 @@ def measured(name: str, arguments: argparse.Namespace, collections: Sequence[Col
     elif name == START:
         query_encoder = workspace.untrained_student()
     else:
-        # What every method shares is made before the clock starts.
+        # What all methods share is made before the clock starts; wall time would tell of the machine's other work.
         for stage in workspace.training[:1]:
             _ = stage.candidates, stage.teacher_scores if stage.needs_teacher else None
-        wall, used = time.perf_counter(), time.process_time()
+        used = time.process_time()
         query_encoder = TorchEncoder.open(workspace.last.folder)
         cost = {
-            "minutes": (time.perf_counter() - wall) / 60,
             "cpu_minutes": (time.process_time() - used) / 60,
             **texts_seen(workspace.training),
         }
@@ -132,7 +137,9 @@ def measured(name: str, arguments: argparse.Namespace, collections: Sequence[Col
         "mode": arguments.mode,
         "needs": "" if baseline else workspace.recipe.needs,
         "trained_on": "" if baseline else collections[0].name,
-        "budget": {
+        "budget": {}
+        if arguments.own_budget
+        else {
             "queries": arguments.queries,
             "passes": arguments.passes,
             "negatives": arguments.negatives,
@@ -247,7 +254,9 @@ def _opening() -> Iterator[str]:
 
 
 def _tables(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
-    for label, of_label in results.items():
+    baselines = {name: one for name, one in results.get("asymmetric", {}).items() if not one["trained_on"]}
+    for label, measured_here in results.items():
+        of_label = {**baselines, **measured_here}
         yield from ("", f"## {_title(label)}", "")
         yield from _setting(of_label)
         yield ""
@@ -258,7 +267,8 @@ def _title(label: str) -> str:
     titles = {
         "asymmetric": "Asymmetric: a 3-layer query tower before the large encoder's documents",
         "symmetric": "Symmetric: one 3-layer encoder for both sides",
-        "best": "The default at its own budget",
+        "best": "The default recipe at its own budget",
+        "static": "Asymmetric: a static query encoder, one vector a token, before the large encoder's documents",
     }
     return titles.get(label, label)
 
@@ -269,8 +279,8 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
         return
     first = trained[0]
     collections = " and ".join(f"{name} ({len(one['values']):,})" for name, one in first["collections"].items())
-    if len({json.dumps(one["cost"].get("queries")) for one in trained}) > 0 and not first["overrides"]:
-        setup = first["budget"]
+    setup = first["budget"]
+    if setup:
         yield (
             f"Budget: {setup['passes']:,} query texts for each method, repeats and extra texts counted, from "
             f"{setup['queries']:,} train queries of {first['trained_on']} with the same lists (the positive and the "
@@ -288,14 +298,14 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
 def _rows(of_label: Mapping[str, Result]) -> Iterator[str]:
     names = list(next(iter(of_label.values()))["collections"])
     tests = {name: _compared(of_label, name) for name in names}
-    yield f"| method | needs | texts | minutes (CPU) | {' | '.join(names)} |"
+    yield f"| method | needs | texts | CPU minutes | {' | '.join(names)} |"
     yield f"|---|---|---:|---:|{'---|' * len(names)}"
     ordered = sorted(of_label, key=lambda method: -np.mean(of_label[method]["collections"][names[0]]["values"]))
     for method in ordered:
         one = of_label[method]
         cost = one["cost"]
         texts = f"{cost['queries'] + cost['extra_texts']:,}" if cost else ""
-        minutes = f"{cost['minutes']:.1f} ({cost['cpu_minutes']:.1f})" if cost else ""
+        minutes = f"{cost['cpu_minutes']:.1f}" if cost else ""
         cells = " | ".join(_cell(of_label, method, name, tests[name]) for name in names)
         yield f"| {method} | {NEEDS[one['needs']]} | {texts} | {minutes} | {cells} |"
 

@@ -15,6 +15,7 @@ from retrieval_kd import processes
 if TYPE_CHECKING:
     from retrieval_kd.stages import Workspace
 
+DEFAULT_RECIPE = "distil"
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name (rkd recipes) or a YAML file.")]
 Overrides = Annotated[
     list[str] | None,

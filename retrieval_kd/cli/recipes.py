@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from retrieval_kd.cli.common import AsJson, Overrides, RecipeName
+from retrieval_kd.cli.common import DEFAULT_RECIPE, AsJson, Overrides, RecipeName
 
 if TYPE_CHECKING:
     from retrieval_kd.recipes.schema import Needs, Recipe
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="List the shipped recipes; show one in full.", no_args_is_help=False)
 
 # Where a new user starts; every other recipe is one method on its own.
-_FIRST = ("distil", "demo")
+_FIRST = (DEFAULT_RECIPE, "demo")
 _NEEDS: dict[Needs, str] = {
     "encoder": "the large encoder, no other teacher",
     "judgements": "the train split's judgements, no teacher of scores",

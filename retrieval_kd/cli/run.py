@@ -7,11 +7,19 @@ from typing import Annotated
 
 import typer
 
-from retrieval_kd.cli.common import ARTIFACTS, Artifacts, AsJson, Overrides, RecipeName, open_workspace
+from retrieval_kd.cli.common import (
+    ARTIFACTS,
+    DEFAULT_RECIPE,
+    Artifacts,
+    AsJson,
+    Overrides,
+    RecipeName,
+    open_workspace,
+)
 
 
 def run(
-    recipe: RecipeName,
+    recipe: RecipeName = DEFAULT_RECIPE,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Where the report goes; runs/RECIPE-MODE by default.")] = None,
     artifacts: Artifacts = ARTIFACTS,
