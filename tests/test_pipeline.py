@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
+from shutil import copytree
 from statistics import fmean
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_overrides as overrides
 from typer.testing import CliRunner
 
 from retrieval_kd.cli.main import app
+from retrieval_kd.cli.pipeline import _models
 from retrieval_kd.recipes.loader import load_recipe, shipped_recipes
 from retrieval_kd.runs import Shortlist
 from retrieval_kd.stages import Workspace
@@ -123,3 +128,40 @@ def test_rkd_run_from_recipe_to_report(tiny: Path, mode: str) -> None:
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert again.exit_code == 0
     assert (out / "report.json").stat().st_mtime_ns == before
+
+
+def test_what_a_recipe_names_decides_whether_its_report_is_made_again(tiny: Path, tmp_path: Path) -> None:
+    """Without it a run whose files were replaced would be called done, and its old report shown as the new one."""
+    run, preferences = tmp_path / "first.trec", tmp_path / "preferences.parquet"
+    other = copytree(tiny / "tiny-collection", tmp_path / "other")
+    encoder = copytree(tiny / "tiny-encoder", tmp_path / "encoder")
+    recipe = load_recipe(
+        "pair_distill",
+        [
+            *overrides(tiny, "asymmetric"),
+            f"teacher={{normalise: none, members: [{{kind: pairwise, path: {preferences}}}]}}",
+            f"candidates.sources=[{{kind: run, path: {run}}}, {{kind: dense, encoder: {{model: {encoder}}}}}]",
+            f"extra_texts={{batch: 2, collections: [{other}]}}",
+        ],
+    )
+
+    def named(probability: float, document: str) -> dict[str, str]:
+        row = {"query_id": ["q0-2"], "doc_i": ["d0-1"], "doc_j": ["d0-2"], "p": [probability]}
+        pq.write_table(pa.table(row), preferences)
+        run.write_text(f"q0-2 Q0 {document} 1 1.0 x\n")
+        return _models(Workspace(recipe, tmp_path / "artifacts"))
+
+    seen = [named(0.5, "d0-1"), named(0.6, "d0-1"), named(0.6, "d0-2")]
+    with (other / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "new", "text": "w1"}\n')
+    seen.append(named(0.6, "d0-2"))
+    (encoder / "config.json").write_text("{}")
+    seen.append(named(0.6, "d0-2"))
+    assert [set(before) for before in seen[1:]] == [set(seen[0])] * 4
+    changed = [{name for name in before if before[name] != after[name]} for before, after in itertools.pairwise(seen)]
+    assert changed == [
+        {"pairwise 0 of train"},
+        {f"run {run} of {of}" for of in ("the recipe", "train")},
+        {f"extra texts of train: {other}"},
+        {f"dense {encoder} of {of}" for of in ("the recipe", "train")},
+    ]

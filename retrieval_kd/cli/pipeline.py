@@ -33,12 +33,14 @@ from index.build import build_index
 from index.search import Searcher
 from retrieval_kd.artifacts import MANIFEST, Spec, atomic_write, build, config_of, file_sha256, fingerprint
 from retrieval_kd.changes import changes, shown
+from retrieval_kd.collections import open_collection
 from retrieval_kd.collections.base import dev_queries, split_queries
 from retrieval_kd.encoders.corpus import encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.errors import ArtifactError, ServeError
 from retrieval_kd.recipes.loader import resolved, to_yaml
+from retrieval_kd.recipes.schema import CollectionSpec
 from retrieval_kd.runs import Ranking, Run, Shortlist
 from retrieval_kd.stages import Workspace
 from retrieval_kd.stages.teaching import Teaching
@@ -281,18 +283,26 @@ def _notes(
 
 
 def _models(workspace: Workspace) -> dict[str, str]:
-    """Return the hashes of the models and scores a recipe names, which may change under the same name."""
-    from retrieval_kd.scores.files import read_scores
-
+    """Return the hashes of the models and files a recipe names, which may change under the same name."""
     recipe = workspace.recipe
     files: dict[str, str] = {}
     names = {"encoder": recipe.encoder.model}
-    for stage in recipe.training:
-        for i, member in enumerate(stage.teacher.ensemble):
-            where = f"{member.kind} {i} of {stage.name}"
-            names |= {where: member.model, f"start of {where}": member.fine_tune.start if member.fine_tune else ""}
-            if member.path:
-                files[where] = read_scores(Path(member.path)).fingerprint
+    mined = {"the recipe": recipe.candidates}
+    for stage in workspace.training:
+        mined[stage.spec.name] = stage.spec.candidates
+        for i, member in enumerate(stage.teacher.members):
+            spec, where = member.spec, f"{member.spec.kind} {i} of {stage.spec.name}"
+            names |= {where: spec.model, f"start of {where}": spec.fine_tune.start if spec.fine_tune else ""}
+            if spec.path:
+                files[where] = member.fingerprint
+        for path in stage.spec.extra_texts.collections:
+            files[f"extra texts of {stage.spec.name}: {path}"] = open_collection(CollectionSpec(path)).fingerprint
+    for of, candidates in mined.items():
+        for source in candidates.sources:
+            if source.path:
+                files[f"{source.name} of {of}"] = file_sha256(Path(source.path))
+            if source.encoder:
+                names[f"{source.name} of {of}"] = source.encoder.model
     return files | {role: _folder_hash(resolve_model(name)) for role, name in names.items() if name}
 
 
