@@ -210,7 +210,7 @@ def open_hnswlib(folder: Path) -> Search:
 def build_usearch(data: Path, folder: Path, documents: Any) -> None:
     from usearch.index import Index
 
-    index = Index(ndim=documents.shape[1], metric="ip", connectivity=LINKS, expansion_add=CONSTRUCTION)
+    index = Index(ndim=documents.shape[1], metric="ip", dtype="f32", connectivity=LINKS, expansion_add=CONSTRUCTION)
     index.add(np.arange(len(documents)), np.ascontiguousarray(documents), threads=1)
     index.save(str(folder / "index.usearch"))
 
@@ -231,7 +231,7 @@ def build_voyager(data: Path, folder: Path, documents: Any) -> None:
     import voyager
 
     index = voyager.Index(voyager.Space.InnerProduct, documents.shape[1], LINKS, CONSTRUCTION)
-    index.add_items(np.ascontiguousarray(documents), num_threads=1)
+    index.add_items(np.array(documents), num_threads=1)
     index.save(str(folder / "index.voy"))
 
 

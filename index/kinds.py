@@ -174,11 +174,11 @@ class Proposer:
             width = math.ceil(_SPARE * width / share)
         width = min(width, self._vectors.count)
         parameters = self._parameters(effort, width, share, chosen)
-        scores = np.empty((len(queries), width), dtype=np.float32)
-        rows = np.empty((len(queries), width), dtype=np.int64)
-        for start in range(0, len(queries), _QUERIES_AT_ONCE):
-            part = slice(start, start + _QUERIES_AT_ONCE)
-            scores[part], rows[part] = self._index.search(queries[part], width, params=parameters)
+        found = [
+            self._index.search(queries[start : start + _QUERIES_AT_ONCE], width, params=parameters)
+            for start in range(0, len(queries), _QUERIES_AT_ONCE)
+        ]
+        scores, rows = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
         if dropped is not None:
             rows[~dropped[rows]] = -1
         return scores, rows

@@ -101,9 +101,8 @@ class Scorer:
             yield from self.best(some, scores, np.broadcast_to(selected, scores.shape), k)
 
     def float32_dots(self, queries: Vectors, rows: Rows) -> Scores:
-        """Return float32 ``[n, width]`` dot products of each query with rows of its own; ``-inf`` for rows below 0."""
+        """Return float32 ``[n, width]`` dot products of each query with its own rows; those below 0 stand for any."""
         scores = np.empty(rows.shape, dtype=np.float32)
         for i, query in enumerate(queries):
             np.dot(self.vectors.rows(rows[i]), query, out=scores[i])
-        scores[rows < 0] = -np.inf
         return scores

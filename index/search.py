@@ -86,15 +86,15 @@ class Opened:
         if exact or self._proposer is None:
             return self._scan(queries, k, chosen)
         scores, rows = self._proposer.propose(queries, k, effort, chosen)
-        lacking = np.zeros(0, dtype=np.int64)
-        if rows.min() < 0:
-            scores[rows < 0] = -np.inf
-            lacking = np.flatnonzero(np.count_nonzero(rows >= 0, axis=1) < k)
+        lacking = rows.min() < 0
         if not self._proposer.scores_are_dots:
             scores = self._scorer.float32_dots(queries, rows)
+        if not lacking:
+            return self._scorer.best(queries, scores, rows, k)
+        scores[rows < 0] = -np.inf
         best = self._scorer.best(queries, scores, rows, k)
         # A walk cannot reach nodes that the graph has cut off; the ranking is as long as promised all the same.
-        for i in lacking.tolist():
+        for i in np.flatnonzero(np.count_nonzero(rows >= 0, axis=1) < k).tolist():
             best[i] = self._scan(queries[i : i + 1], k, chosen)[0]
         return best
 
