@@ -15,10 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retrieval_kd.artifacts import Artifact
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Scores, Shortlist
-from retrieval_kd.scores.store import encode_ids, read_table, write_table
+from retrieval_kd.scores.store import encode_ids, read_shards, write_table
 
 STAGE = "compare"
 Triple = tuple[str, str, str]
@@ -83,17 +82,7 @@ class PreferenceStore:
             ArtifactError: the folder is not a whole store.
             DataError: a preference is no probability or occurs twice; names query, documents and file.
         """
-        artifact = Artifact.load(folder, STAGE)
-        artifact.verify()
-        paths = [folder / entry.path for entry in artifact.files]
-        shards = [read_table(path, SCHEMA) for path in paths]
-        ends = np.cumsum([len(shard) for shard in shards])
-        return cls(
-            folder,
-            artifact.fingerprint,
-            pa.concat_tables(shards) if shards else SCHEMA.empty_table(),
-            lambda row: str(paths[int(np.searchsorted(ends, row, side="right"))]),
-        )
+        return cls(folder, *read_shards(folder, STAGE, SCHEMA))
 
     def find(self, lists: Sequence[Shortlist]) -> list[Preferences]:
         """Return each list's preferences as the model gave them, NaN where it was not asked."""

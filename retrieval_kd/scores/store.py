@@ -120,18 +120,8 @@ class ScoreStore:
             ArtifactError: the folder is not a whole store.
             DataError: a score is not finite or a pair occurs twice; names query, document and file.
         """
-        artifact = Artifact.load(folder, STAGE)
-        artifact.verify()
-        paths = [folder / entry.path for entry in artifact.files]
-        shards = [read_table(path, SCHEMA) for path in paths]
-        ends = np.cumsum([len(shard) for shard in shards])
-        return cls(
-            folder,
-            artifact.fingerprint,
-            pa.concat_tables(shards) if shards else SCHEMA.empty_table(),
-            lambda row: str(paths[int(np.searchsorted(ends, row, side="right"))]),
-            finite=finite,
-        )
+        fingerprint, table, where = read_shards(folder, STAGE, SCHEMA)
+        return cls(folder, fingerprint, table, where, finite=finite)
 
     def lists(self) -> Iterator[tuple[Shortlist, Scores]]:
         """Yield each query's documents with their raw scores."""
@@ -210,6 +200,25 @@ def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file whole or not at all."""
     with atomic_write(path, "wb") as file:
         pq.write_table(table, file, compression="zstd")
+
+
+def read_shards(folder: Path, stage: str, schema: pa.Schema) -> tuple[str, pa.Table, Callable[[int], str]]:
+    """Read all shards of a finished artifact, each file's hash checked.
+
+    Returns:
+        The artifact's fingerprint, the rows, and the file that a row came from.
+
+    Raises:
+        ArtifactError: the folder is not a whole artifact of this stage.
+        DataError: a shard is of another schema; names the file.
+    """
+    artifact = Artifact.load(folder, stage)
+    artifact.verify()
+    paths = [folder / entry.path for entry in artifact.files]
+    shards = [read_table(path, schema) for path in paths]
+    ends = np.cumsum([len(shard) for shard in shards])
+    table = pa.concat_tables(shards) if shards else schema.empty_table()
+    return artifact.fingerprint, table, lambda row: str(paths[int(np.searchsorted(ends, row, side="right"))])
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

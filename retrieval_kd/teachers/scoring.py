@@ -31,8 +31,8 @@ from retrieval_kd.scores.store import PAIRS_PER_SHARD, Pair, ScoreSource, shard_
 _Ids = TypeVar("_Ids", Pair, Triple)
 
 
-class PairScorer(Protocol):
-    """A teacher that reads a query's and a document's text."""
+class Ranker(Protocol):
+    """A teacher that reads texts."""
 
     @property
     def name(self) -> str:
@@ -40,34 +40,26 @@ class PairScorer(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Return the sha256 over everything that changes a score."""
+        """Return the sha256 over everything that changes what it says."""
 
     @property
     def source(self) -> ScoreSource:
-        """Return what a score store's manifest says about this teacher."""
+        """Return what a store's manifest says about this teacher."""
 
     @property
     def parameters(self) -> int:
         """Return the number of weights."""
 
+
+class PairScorer(Ranker, Protocol):
+    """A teacher that reads a query's and a document's text."""
+
     def score(self, pairs: Sequence[tuple[str, str]], on_rows: Callable[[int], None] | None = None) -> Scores:
         """Return the raw score of each (query, document) pair, float32; ``on_rows`` hears how many are done."""
 
 
-class TripleScorer(Protocol):
+class TripleScorer(Ranker, Protocol):
     """A teacher that reads a query's and two documents' texts."""
-
-    @property
-    def name(self) -> str:
-        """Return what tables print."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Return the sha256 over everything that changes a preference."""
-
-    @property
-    def source(self) -> ScoreSource:
-        """Return what a store's manifest says about this teacher."""
 
     def preferences(
         self, triples: Sequence[tuple[str, str, str]], on_rows: Callable[[int], None] | None = None
@@ -160,7 +152,7 @@ class _Work(Generic[_Ids]):
 
 def _scored(
     stage: str,
-    teacher: PairScorer | TripleScorer,
+    teacher: Ranker,
     collection: Collection,
     rows: Iterable[_Ids],
     work: _Work[_Ids],
