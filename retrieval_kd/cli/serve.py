@@ -13,6 +13,8 @@ from index.served import served_folder
 from retrieval_kd.cli.common import AsJson, emit
 from retrieval_kd.errors import ServeError
 
+_RERANKER = "reranker"
+
 
 def serve(
     store: Annotated[Path, typer.Argument(help="An index store, or a run's folder, which has index and encoder.")],
@@ -25,7 +27,9 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of encoder and search in each process; all cores by default.")
     ] = None,
-    reranker: Annotated[Path | None, typer.Option(help="An exported reranker, for Rerank and second stages.")] = None,
+    reranker: Annotated[
+        Path | None, typer.Option(help="An exported reranker; a run's folder brings its own, if it has one.")
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate; read again when it changes.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key of the certificate.")] = None,
     tls_client_ca: Annotated[
@@ -63,6 +67,8 @@ def serve(
     from serve.tls import CertificateFiles
 
     index, query_encoder = served_folder(store, encoder)
+    if reranker is None and encoder is None and (store / _RERANKER).is_dir():
+        reranker = store / _RERANKER
     config = ServeConfig(
         store=index,
         encoder=query_encoder,

@@ -20,15 +20,19 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from serve_fakes import STRANGER, FakeEncoder, FakeSearcher, Running, Start
+from typer.testing import CliRunner
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
+from retrieval_kd.cli.main import app
 from retrieval_kd.errors import ServeError
 from serve import server as server_module
 from serve.client import AsyncRetrievalClient, Options, RetrievalClient
+from serve.config import ServeConfig
 from serve.limits import Limits
 from serve.logs import ACCESS, JsonFormatter
 from serve.metrics import Metrics, serve_metrics
+from serve.tls import CertificateFiles
 from serve.tracing import NoTracer, OtelTracer, open_tracer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,3 +258,34 @@ def test_many_callers_share_one_async_connection(server: Running) -> None:
 
     with ThreadPoolExecutor(1) as other:
         assert other.submit(asyncio.run, main()).result(20) == 100
+
+
+def configured(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> ServeConfig:
+    """Return the configuration that ``rkd serve`` would run with."""
+    seen = []
+    monkeypatch.setattr(server_module, "run_server", lambda config, ready: seen.append(config))
+    done = CliRunner().invoke(app, ["serve", *map(str, arguments)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return seen[0]
+
+
+def test_the_commands_options_reach_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without it an option could be accepted and dropped, such as the one that asks for tokens."""
+    run = tmp_path / "run"
+    for name in ("index", "encoder", "reranker"):
+        (run / name).mkdir(parents=True)
+    plain = configured(monkeypatch, run)
+    assert (plain.store, plain.encoder, plain.reranker) == (run / "index", run / "encoder", run / "reranker")
+    assert (plain.host, plain.insecure, plain.tokens, plain.tls, plain.admin_port) == (
+        "127.0.0.1",
+        False,
+        None,
+        None,
+        None,
+    )
+    options = ["--tls-cert", "c.pem", "--tls-key", "k.pem", "--tls-client-ca", "ca.pem", "--tokens", "t"]
+    secured = configured(monkeypatch, run / "index", "--encoder", run / "encoder", *options, "--log-format", "json")
+    assert secured.tls == CertificateFiles(Path("c.pem"), Path("k.pem"), Path("ca.pem"))
+    assert (secured.tokens, secured.json_logs, secured.reranker) == (Path("t"), True, None)
+    with pytest.raises(ServeError, match="--tls-cert and --tls-key belong together"):
+        configured(monkeypatch, run, "--tls-cert", "c.pem")
