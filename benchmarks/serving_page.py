@@ -111,9 +111,13 @@ def soak(report: dict[str, Any]) -> str:
 
 def where(report: dict[str, Any]) -> str:
     machine, versions = report["machine"], report["versions"]
+    busy = machine["load_average"] > machine["cores"]
+    warning = (
+        " Others used the machine: only CPU times compare, and latencies are those of a busy machine." if busy else ""
+    )
     return (
         f"{machine['cores']} cores of {machine['cpu']} at a load average of {machine['load_average']:.0f}, "
-        f"onnxruntime {versions['onnxruntime']}, faiss {versions['faiss-cpu']}."
+        f"onnxruntime {versions['onnxruntime']}, faiss {versions['faiss-cpu']}.{warning}"
     )
 
 

@@ -157,7 +157,8 @@ def running(peer: Peer, python: Path, arguments: argparse.Namespace) -> Iterator
     try:
         if not asyncio.run(answers(peer, port, process)):
             said = log.read_text(errors="replace").strip().splitlines() or ["no message"]
-            raise RuntimeError(f"the server did not answer: {said[-1][:200]}")
+            why = [line for line in said if "Error: " in line] or said
+            raise RuntimeError(f"the server did not answer: {why[-1].strip()[:200]}")
         yield port, process
     finally:
         with contextlib.suppress(ProcessLookupError):
