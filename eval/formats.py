@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 NOT_APPLICABLE = "–"
+_STAGES = ("tokenize", "queue", "encode", "search", "server", "total")
 
 
 def quality(value: float) -> str:
     """Return a measure with three decimals, such as ``0.872``."""
     return f"{value:.3f}"
+
+
+def in_stage_order(stages: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the stages of a query in the order in which it passes them, the total last."""
+    return sorted(stages.items(), key=lambda item: _STAGES.index(item[0]))
 
 
 def optional(value: float | None) -> str:

@@ -23,7 +23,7 @@ from eval.systems import (
     System,
     reranked,
 )
-from retrieval_kd.artifacts import MANIFEST, fingerprint
+from retrieval_kd.artifacts import MANIFEST, file_sha256, fingerprint
 from retrieval_kd.collections.base import Collection, Qrels
 from retrieval_kd.encoders.base import Encoder
 from retrieval_kd.encoders.card import CARD
@@ -75,7 +75,10 @@ class Opener:
         """
         match spec.kind:
             case "bm25":
+                from retrieval_kd.mining.bm25 import VARIANT
+
                 system: System = BM25System(collection)
+                self.identities[str(spec)] = VARIANT
             case "model":
                 system = self._model(spec, collection)
             case "pair":
@@ -86,6 +89,7 @@ class Opener:
                 system = self._server(spec, collection)
             case "run":
                 system = RunSystem.read(Path(spec.target).name, Path(spec.target), documents, qrels)
+                self.identities[str(spec)] = f"sha256 {file_sha256(Path(spec.target))}"
             case "pyserini":
                 from eval.lucene import LuceneSystem
 
@@ -153,6 +157,8 @@ class Opener:
         from serve.client import RetrievalClient
 
         client = self._stack.enter_context(RetrievalClient(spec.target))
+        index, encoder = client.index(), client.server_info().query_encoder
+        self.identities[str(spec)] = f"index {index.index_version}, encoder {encoder.fingerprint[:12]}"
         return ServerSystem(f"server {spec.target}", client, collection)
 
     def _rerank(self, spec: SystemSpec, collection: Collection, first_name: str, first: Run) -> System:

@@ -108,6 +108,7 @@ def _environment() -> jinja2.Environment:
     environment.filters.update(
         quality=formats.quality,
         optional=formats.optional,
+        in_stage_order=formats.in_stage_order,
         interval=formats.interval,
         difference=formats.difference,
         p_value=formats.p_value,

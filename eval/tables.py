@@ -158,7 +158,9 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
 def format_costs(report: Report) -> str:
     """Return what a bench measured as plain text: latency by stage, then throughput, processor time and memory."""
     benched = [row for row in report["systems"] if row.get("cost")]
-    timed = [(row["name"], stage, times) for row in benched for stage, times in row["cost"]["stages"].items()]
+    timed = [
+        (row["name"], stage, times) for row in benched for stage, times in formats.in_stage_order(row["cost"]["stages"])
+    ]
     for row in benched:
         load = row["cost"]["open_loop"]
         if load and load["latency"]:

@@ -80,6 +80,7 @@ def test_every_system_has_its_cost_beside_its_quality(tiny: Path, tmp_path: Path
     assert bm25["cost"]["documents_per_s"] is None
     text = format_costs(report)
     assert "CPU s/1000" in text
+    assert text.index("encode") < text.index("search") < text.index("total", text.index("search"))
     assert "encode" in text
 
 
