@@ -1,8 +1,8 @@
 """Milliseconds for one 12-token query on one core: what each student and precision buys.
 
 All encoders take turns query by query in one process, so that a busy machine slows all of them alike; a ratio is
-the median over the queries of the ratio within a turn. What is timed is text to vector, tokenizer included, and
-the processor time of this process. Students are cut and not trained: speed does not depend on the weights.
+the median over the turns of the ratio of processor times within a turn. What is timed is text to vector, tokenizer
+included. Students are cut and not trained: speed does not depend on the weights.
 
     python benchmarks/query_encoders.py --json benchmarks/results/query_encoders.json
 """
@@ -66,7 +66,7 @@ def main() -> None:
                 "wall_ms_p50": 1e3 * statistics.median(wall[name]),
                 "wall_ms_p99": 1e3 * float(np.percentile(wall[name], 99)),
                 "cpu_ms_p50": 1e3 * statistics.median(cpu[name]),
-                "ratio": statistics.median(b / o for b, o in zip(wall[BASELINE], wall[name], strict=True)),
+                "ratio": statistics.median(b / o for b, o in zip(cpu[BASELINE], cpu[name], strict=True)),
             }
             for name, encoder in encoders.items()
         ],

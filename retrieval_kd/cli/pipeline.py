@@ -318,7 +318,7 @@ def _links(workspace: Workspace) -> dict[str, Path]:
         INDEX: _store(workspace),
         ENCODER: workspace.last.served_export,
         STUDENT: workspace.last.folder,
-        DOCUMENT_ENCODER: workspace.encoder_export,
+        DOCUMENT_ENCODER: workspace.last.document_export,
     }
     if workspace.last.needs_teacher:
         links[TEACHER] = workspace.last.teacher.folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,6 +54,10 @@ def export(
     precision: Annotated[
         str, typer.Option(help="fp32, int8-dynamic, int8-static or fp16; the recipe's when left out.")
     ] = "",
+    pair: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write student and document encoder as one sentence-transformers model."),
+    ] = None,
     artifacts: Artifacts = ARTIFACTS,
     as_json: AsJson = False,
 ) -> None:
@@ -62,6 +67,9 @@ def export(
     chosen = [f"export.precision={precision}"] if precision else []
     stage = open_workspace(recipe, [*(overrides or ()), *chosen], artifacts).last
     exported = {"encoder": str(stage.served_export), **Artifact.load(stage.served_export).summary}
+    if pair is not None:
+        stage.save_pair(pair)
+        exported["pair"] = str(pair)
     if stage.reranker_export is not None:
         exported["reranker"] = {"folder": str(stage.reranker_export), **Artifact.load(stage.reranker_export).summary}
     emit(exported, as_json)

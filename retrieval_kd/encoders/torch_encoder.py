@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.batching import length_sorted_batches, pad
 from retrieval_kd.encoders.base import TOKENIZER, TextTokenizer, Vectors, load_tokenizer
-from retrieval_kd.encoders.card import CARD, EncoderCard, Pooling, Side
+from retrieval_kd.encoders.card import CARD, EncoderCard, Pooling, Role, Side
 from retrieval_kd.encoders.layout import PROJECTION, Layout, read_layout, write_layout
 from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.encoders.static import ARCHITECTURE, StaticBody, read_static, without_special_tokens
@@ -167,6 +167,11 @@ class TorchEncoder(nn.Module):
             weights_hash=self._weights_hash(),
         )
         return self._card
+
+    def move_to_space_of(self, other: EncoderCard, role: Role) -> None:
+        """Say that the encoder has been trained into another's space, and which side it encodes there."""
+        self._card = self._card.in_space_of(other, role)
+        self.tokenizer = TextTokenizer(Tokenizer.from_buffer(self.tokenizer_files[TOKENIZER]), self._card)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Turn token ids into vectors.

@@ -439,7 +439,9 @@ class StudentSpec:
 
     Attributes:
         mode: ``asymmetric`` trains a query tower against the frozen document vectors of ``encoder``;
-            ``symmetric`` trains one tower for both sides.
+            ``symmetric`` trains both sides.
+        towers: In symmetric mode, ``shared`` has one encoder for both sides; ``separate`` starts as two equal ones
+            and trains a query and a document encoder in a space that the two share.
         kind: ``transformer`` keeps layers of ``encoder``; ``static`` keeps none: each token has one vector, at
             first ``encoder``'s own of that token alone, and a text is their mean, weighted by how rare they are
             in the collection.
@@ -454,6 +456,7 @@ class StudentSpec:
     """
 
     mode: Literal["asymmetric", "symmetric"] = "asymmetric"
+    towers: Literal["shared", "separate"] = "shared"
     kind: Literal["transformer", "static"] = "transformer"
     layers: tuple[int, ...] = (0, 2, 5)
     pooling: Literal["mean", "cls"] = "mean"
@@ -473,6 +476,10 @@ class StudentSpec:
             list(self.matryoshka) == sorted(set(self.matryoshka), reverse=True)
             and min(self.matryoshka, default=1) >= 1,
             f"student.matryoshka: {list(self.matryoshka)} must be distinct and decreasing widths, the last at least 1",
+        )
+        _require(
+            self.towers == "shared" or self.mode == "symmetric",
+            "student.towers: asymmetric mode has a document encoder already; leave separate out or set mode: symmetric",
         )
         if self.kind == "static":
             _require(self.pooling == "mean", "student.pooling: a static student has no first token to take; use mean")

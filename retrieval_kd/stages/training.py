@@ -12,7 +12,7 @@ from retrieval_kd import processes
 from retrieval_kd.artifacts import MANIFEST, Artifact, Spec, build, fingerprint
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.onnx import OnnxEncoder
-from retrieval_kd.errors import DataError
+from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.mining.candidates import LISTS, CandidateList, write_candidates
 from retrieval_kd.mining.selection import SelectionReport, in_disagreement
 from retrieval_kd.recipes.schema import JointSpec, StageSpec, TeacherSpec
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from retrieval_kd.training.dev import DevSet
     from retrieval_kd.training.towers import DocumentTower, JointReranker, LayerTeacher
 
+DOCUMENTS = "documents"
+"""Where the document encoder that trained beside the student lies in the student's folder."""
 RERANKER = "reranker"
 """Where a cross-encoder that learnt along with the student lies in the student's folder."""
 
@@ -209,18 +211,26 @@ class TrainingStage:
         spec = Spec("train", config, inputs, recipe.seed)
         return workspace.folder(spec, f"train the {recipe.student.mode} student{self._of_stage}"), spec
 
-    def _start(self) -> TorchEncoder:
+    def _start(self) -> tuple[TorchEncoder, TorchEncoder]:
+        """Return what the stage's query and document encoder start from, one encoder twice where both are one."""
         from retrieval_kd.encoders.torch_encoder import TorchEncoder
 
-        return TorchEncoder.open(self._previous.folder) if self._previous else self._workspace.untrained_student()
+        separate = self._workspace.recipe.student.towers == "separate"
+        if self._previous is None:
+            student = self._workspace.untrained_student()
+            return student, self._workspace.untrained_student() if separate else student
+        student = TorchEncoder.open(self._previous.folder)
+        return student, TorchEncoder.open(self._previous.folder / DOCUMENTS) if separate else student
 
     @cached_property
     def _parts(self) -> tuple[TrainingSet, DevSet, LayerTeacher]:
-        """Make what training reads besides the student."""
+        """Make what training reads, and what it starts from."""
         from retrieval_kd.training.batches import TrainingSet
         from retrieval_kd.training.towers import LayerTeacher
 
         workspace, stage = self._workspace, self.spec
+        if self._previous is None:
+            _ = workspace.cut
         rows = [workspace.query_vectors.row_of[item.query_id] for item in self.lists]
         data = TrainingSet(
             lists=self.lists,
@@ -241,13 +251,13 @@ class TrainingStage:
         from retrieval_kd.training.towers import FrozenDocuments, LiveDocuments
 
         workspace, stage = self._workspace, self.spec
-        student = self._start()
+        student, live = self._start()
         data, dev, layer_teacher = self._parts
 
         def documents(device: torch.device) -> DocumentTower:
             if workspace.recipe.student.mode == "asymmetric":
                 return FrozenDocuments(workspace.corpus, device)
-            return LiveDocuments(student, workspace.collection, workspace.corpus, device)
+            return LiveDocuments(live, workspace.collection, workspace.corpus, device)
 
         joint = None if stage.joint is None else self._joint(stage.joint)
         summary = train(
@@ -262,9 +272,15 @@ class TrainingStage:
             layer_teacher=layer_teacher,
             joint=joint,
         )
+        if live is not student:
+            card = dataclasses.replace(live.refresh_card(), space="")
+            live.move_to_space_of(card, "document")
+            student.move_to_space_of(card, "query")
         if processes.index() == 0:
             if joint is not None:
                 save_classifier(joint.module, self.teacher.folder, folder / RERANKER)
+            if live is not student:
+                live.save(folder / DOCUMENTS)
             student.save(folder)
         return {"stage": stage.name, **summary}
 
@@ -316,6 +332,41 @@ class TrainingStage:
         from retrieval_kd.encoders.torch_encoder import TorchEncoder
 
         return self._workspace.export(TorchEncoder.open(self.folder))
+
+    @cached_property
+    def document_encoder(self) -> OnnxEncoder:
+        """Open the encoder of the documents that the student searches."""
+        return OnnxEncoder.load(self.document_export)
+
+    @cached_property
+    def document_export(self) -> Path:
+        """Return the exported encoder of the documents that the student searches."""
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+        student = self._workspace.recipe.student
+        if student.mode == "asymmetric":
+            return self._workspace.encoder_export
+        if student.towers == "shared":
+            return self.export
+        return self._workspace.export(TorchEncoder.open(self.folder / DOCUMENTS))
+
+    def save_pair(self, folder: Path) -> None:
+        """Write the student and the encoder of its documents as one sentence-transformers model.
+
+        Raises:
+            RecipeError: they are one encoder.
+        """
+        from retrieval_kd.encoders.pair import save_pair
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+        student = self._workspace.recipe.student
+        if student.mode == "asymmetric":
+            documents = self._workspace.start
+        elif student.towers == "separate":
+            documents = TorchEncoder.open(self.folder / DOCUMENTS)
+        else:
+            raise RecipeError(f"one encoder has both sides; {self.folder} is a sentence-transformers model as it is")
+        save_pair(TorchEncoder.open(self.folder), documents, folder)
 
     @cached_property
     def encoder(self) -> OnnxEncoder:

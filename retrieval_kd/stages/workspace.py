@@ -16,6 +16,7 @@ from retrieval_kd.collections.base import Collection, dev_queries, training_quer
 from retrieval_kd.collections.beir import write_beir
 from retrieval_kd.collections.extra import extra_texts
 from retrieval_kd.collections.python_docs import PythonDocs, installed_versions
+from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import DataError
@@ -130,12 +131,21 @@ class Workspace:
 
     def documents_for(self, encoder: OnnxEncoder) -> EncodedCorpus:
         """Return the corpus in an encoder's space: its own vectors, or those of the encoder it was distilled into."""
-        if encoder.card.space_fingerprint == self.encoder.card.space_fingerprint:
+        if encoder.card.role == "symmetric" and encoder.card.space_fingerprint != self.encoder.card.space_fingerprint:
+            return self.encoded_by(encoder)
+        return self._searched_by(encoder.card)
+
+    def _searched_by(self, card: EncoderCard) -> EncodedCorpus:
+        """Return the vectors that a query encoder searches: the recipe's encoder's, or a trained document encoder's."""
+        if card.space_fingerprint == self.encoder.card.space_fingerprint:
             return self.corpus
-        if encoder.card.role == "query":
-            # A student of lower precision searches what its fp32 self has encoded.
-            return self.encoded_by(self.last.encoder)
-        return self.encoded_by(encoder)
+        # Stages in order: one that is still to be trained comes after the one the query encoder is from.
+        stage = next(
+            stage
+            for stage in self.training
+            if EncoderCard.load(stage.folder).space_fingerprint == card.space_fingerprint
+        )
+        return self.encoded_by(stage.document_encoder)
 
     def first_stages(self, candidates: CandidatesSpec, student: Callable[[str], OnnxEncoder]) -> list[FirstStage]:
         """Return the sources of candidates; each ranks the corpus for every train and dev query when it is read.
@@ -305,9 +315,9 @@ class Workspace:
         rows = [vectors.row_of[item.query_id] for item in lists]
         return score_with_vectors(vectors.vectors[rows], self.documents_for(encoder), lists)
 
-    def untrained_student(self) -> TorchEncoder:
-        """Open the student before any training, the cut start; anew for each caller, for training changes it."""
-        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+    @cached_property
+    def cut(self) -> Path:
+        """Cut the student out of the recipe's encoder and return its folder."""
         from retrieval_kd.students.build import build_student
 
         student = self.recipe.student
@@ -327,7 +337,13 @@ class Workspace:
             return {"parameters": made.card.parameters}
 
         build(folder, spec, work)
-        return TorchEncoder.open(folder)
+        return folder
+
+    def untrained_student(self) -> TorchEncoder:
+        """Open the student before any training; anew for each caller, for training changes it."""
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+        return TorchEncoder.open(self.cut)
 
     @cached_property
     def dev_set(self) -> DevSet:
@@ -367,8 +383,9 @@ class Workspace:
     def export(self, encoder: TorchEncoder) -> Path:
         """Export an encoder at fp32 through the parity gate and return the ONNX encoder's folder."""
         gate = dataclasses.replace(self.recipe.export, precision="fp32")
+        card = encoder.card
         # A query encoder has no document side of its own: its rankings are over the vectors it will search.
-        return self._export(encoder, gate, self._probes(self.corpus if encoder.card.role == "query" else None))
+        return self._export(encoder, gate, self._probes(self._searched_by(card) if card.role == "query" else None))
 
     def export_lowered(self, encoder: TorchEncoder, exported: OnnxEncoder) -> Path:
         """Export an encoder at the recipe's precision, measured on all of dev against its fp32 export."""

@@ -36,14 +36,16 @@ class DevSet:
         """Return how many documents the dev queries search."""
         return len(self.corpus.ids) if self.corpus else len(self.pool)
 
-    def ndcg_at_10(self, student: Encoder) -> float:
-        """Return the student's nDCG@10 on the dev queries."""
+    def ndcg_at_10(self, student: Encoder, documents: Encoder | None = None) -> float:
+        """Return the student's nDCG@10 on the dev queries; ``documents`` encodes the pool if the student does not."""
         ids = list(self.queries)
         vectors = student.encode([self.queries[query_id] for query_id in ids], "query")
-        return ndcg_at_10(exact_search(ids, vectors, self.corpus or self._encode_pool(student), 10), self.qrels)
+        return ndcg_at_10(
+            exact_search(ids, vectors, self.corpus or self._encode_pool(documents or student), 10), self.qrels
+        )
 
-    def _encode_pool(self, student: Encoder) -> EncodedCorpus:
+    def _encode_pool(self, encoder: Encoder) -> EncodedCorpus:
         contents = self.collection.contents(self.pool)
         ids = sorted(contents)
-        vectors = student.encode([contents[doc_id] for doc_id in ids], "document")
-        return EncodedCorpus(ids, vectors, student.card, fingerprint="", texts_fingerprint="")
+        vectors = encoder.encode([contents[doc_id] for doc_id in ids], "document")
+        return EncodedCorpus(ids, vectors, encoder.card, fingerprint="", texts_fingerprint="")

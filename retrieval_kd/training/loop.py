@@ -142,7 +142,7 @@ def train(
         log = stack.enter_context(MetricsLog(folder, at.step if resumed else None)) if machine.main else None
         advance = stack.enter_context(progress("train", total, "steps"))
         if log is not None and dev is not None and not resumed:
-            ndcg = dev.ndcg_at_10(student)
+            ndcg = _ndcg(dev, run.trained)
             log.write("dev", 0, {"nDCG@10": ndcg, "queries": len(dev.queries), "documents": dev.documents})
         advance(at.step)
         for step, epoch, positions in _steps(len(data.lists), schedule, seed, start=at.step):
@@ -353,12 +353,17 @@ class _Run:
 
 def _evaluate(at: Progress, measured: nn.ModuleDict, dev: DevSet, log: MetricsLog, folder: Path) -> Progress:
     """Measure the student on dev and keep its weights if they are the best so far."""
-    ndcg = dev.ndcg_at_10(cast("TorchEncoder", measured["student"]))
+    ndcg = _ndcg(dev, measured)
     log.write("dev", at.step, {"nDCG@10": ndcg, **log.means()})
     if ndcg <= at.best_ndcg:
         return at
     save_weights(folder / BEST, measured, {"step": at.step, "nDCG@10": ndcg})
     return Progress(at.step, at.step, ndcg)
+
+
+def _ndcg(dev: DevSet, modules: nn.ModuleDict) -> float:
+    towers = cast("dict[str, TorchEncoder]", dict(modules.items()))
+    return dev.ndcg_at_10(towers["student"], towers.get("documents"))
 
 
 def _steps(

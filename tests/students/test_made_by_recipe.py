@@ -9,6 +9,8 @@ import pytest
 from tiny import tiny_overrides
 
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
+from retrieval_kd.encoders.pair import open_pair
+from retrieval_kd.errors import RecipeError
 from retrieval_kd.recipes.loader import load_recipe
 from retrieval_kd.stages import Workspace
 
@@ -52,3 +54,44 @@ def test_precision_of_the_recipe_answers_queries_over_fp32_documents(tiny: Path,
     documents = workspace.documents_for(workspace.student)
     require_same_space(card, documents.card)
     assert documents.card.precision == "fp32"
+
+
+def test_separate_towers_train_apart_into_one_space_and_stages_go_on_from_both(tiny: Path, tmp_path: Path) -> None:
+    """Without it both sides could be one encoder under two names, or documents be encoded by the query tower."""
+    stages = "stages=[{name: one}, {name: two}]"
+    overrides = [*tiny_overrides(tiny, "symmetric"), "student.towers=separate", stages]
+    workspace = Workspace(load_recipe("leaf", overrides), tiny / "artifacts")
+    start = workspace.untrained_student().card.weights_hash
+    cards = []
+    for stage in workspace.training:
+        query, document = stage.encoder.card, stage.document_encoder.card
+        assert (query.role, document.role) == ("query", "document")
+        require_same_space(query, document)
+        assert document.space_fingerprint == document.fingerprint
+        cards += [query, document]
+        documents = workspace.documents_for(stage.encoder)
+        assert documents.card == document
+    assert len({start, *(card.weights_hash for card in cards)}) == 5
+    rows = [json.loads(line) for line in (workspace.last.folder / "metrics.jsonl").read_text().splitlines()]
+    best = max(row["nDCG@10"] for row in rows if row["event"] == "dev" and row["step"] > 0)
+    workspace.last.save_pair(tmp_path)
+    query, document = open_pair(tmp_path)
+    assert (query.card, document.card) == tuple(cards[2:])
+    # What picked the checkpoint is the query encoder over the document encoder's vectors.
+    assert workspace.dev_set.ndcg_at_10(query, document) == pytest.approx(best)
+
+
+def test_pair_of_one_encoder_is_refused_and_of_a_query_student_has_the_recipes_encoder(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Without it a symmetric student would be written twice, and an asymmetric one beside other documents."""
+    symmetric = Workspace(load_recipe("leaf", tiny_overrides(tiny, "symmetric")), tiny / "artifacts")
+    with pytest.raises(RecipeError, match=r"one encoder has both sides; .* is a sentence-transformers model as it is"):
+        symmetric.last.save_pair(tmp_path)
+    asymmetric = Workspace(load_recipe("leaf", tiny_overrides(tiny, "asymmetric")), tiny / "artifacts")
+    asymmetric.last.save_pair(tmp_path)
+    query, document = open_pair(tmp_path)
+    assert query.card == asymmetric.last.encoder.card
+    assert document.card.fingerprint == asymmetric.encoder.card.fingerprint
+    with pytest.raises(RecipeError, match=r"student\.towers: asymmetric mode has a document encoder already"):
+        load_recipe("leaf", [*tiny_overrides(tiny, "asymmetric"), "student.towers=separate"])
