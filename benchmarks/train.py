@@ -4,7 +4,7 @@ The same student, texts, lists, teacher scores, order of batches, loss (``Distil
 optimiser, learning rate and number of steps, on the same machine and threads; the final losses have to agree or nothing
 is reported. The systems take turns, a process of their own each time, and the ratio is the median over the rounds of
 the ratio within a round: work beside it on the machine slows both; processor seconds are reported too. Only the
-training itself is timed, tokenising included; importing and loading are not.
+training itself is timed, tokenising and one checkpoint at the end included; importing and loading are not.
 
 ``symmetric`` trains one tower for both sides. ``asymmetric`` trains a query tower against the document vectors of the
 larger encoder: the peer is a ``Router`` whose frozen document side runs at every step, ours looks the vectors up;
@@ -174,7 +174,7 @@ def train_peer(setting: Setting, mode: str, folder: Path) -> dict[str, Any]:
         if mode == "asymmetric"
         else {},
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="epoch",
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,

@@ -93,11 +93,9 @@ def learn(
     Raises:
         DataError: a loss that is not finite, or an id the collection does not have.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=_WEIGHT_DECAY, fused=True)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
     schedule = ScheduleSpec(learning_rate=spec.learning_rate, warmup=spec.warmup)
     batches = [
         positions
@@ -107,7 +105,7 @@ def learn(
     done = 0
     resumed = (folder / CHECKPOINT).is_file()
     if resumed:
-        done = load_checkpoint(folder / CHECKPOINT, model, optimizer.optimizer)["step"]
+        done = load_checkpoint(folder / CHECKPOINT, model, optimizer)["step"]
     model.train(lesson.dropout)
     with (
         MetricsLog(folder, done if resumed else None) as log,
@@ -125,19 +123,19 @@ def learn(
             loss = 0.0
             for part in _parts(rows):
                 # The loss is a mean over lists, so the gradients of its parts add up to its own.
-                part_loss = lesson.loss(wrapped, part, accelerator.device) / len(rows)
-                accelerator.backward(part_loss)
+                part_loss = lesson.loss(model, part, device) / len(rows)
+                torch.autograd.backward(part_loss)
                 loss += part_loss.item()
             if not math.isfinite(loss):
                 raise DataError(f"step {step + 1} of {label}: loss is {loss}; lower its learning_rate")
-            norm = accelerator.clip_grad_norm_(model.parameters(), _CLIP)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
             optimizer.step()
             optimizer.zero_grad()
             rows_per_second = sum(map(len, rows)) / (time.perf_counter() - started)
             values = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
             log.write("teach", step + 1, {**values, "pairs_per_second": rows_per_second})
             if (step + 1) % CHECKPOINT_STEPS == 0:
-                save_checkpoint(folder / CHECKPOINT, model, optimizer.optimizer, {"step": step + 1})
+                save_checkpoint(folder / CHECKPOINT, model, optimizer, {"step": step + 1})
             advance(len(rows))
     model.eval()
     return {"steps": len(batches), "lists": len(lesson)}
