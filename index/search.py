@@ -385,10 +385,12 @@ class Searcher:
             if self._log.size < self._read_to:
                 # A record was taken back because the disk refused it.
                 self._updates, self._read_to, self._delta = [], 0, None
-            news, self._read_to = self._log.read(self._read_to)
+            news, read_to = self._log.read(self._read_to)
             if news:
                 self._updates = [summed([*self._updates, *news])]
                 self._delta = Delta.of(self._updates[0], self._content, self._opened.ids)
+            # Last: who finds it at the log's end does not wait for the lock.
+            self._read_to = read_to
             return self._delta
 
     def _checked(self, vectors: Vectors) -> Vectors:

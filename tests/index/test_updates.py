@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from index_helpers import KINDS, Documents, brute_force, card, clustered, corpus
 
 from index import search as search_module
 from index.build import build_index, retune
+from index.delta import Delta
 from index.filters import Eq
 from index.search import Searcher
 from index.store import IndexStore
@@ -475,3 +477,25 @@ def test_a_stranger_among_the_logs_is_refused(tmp_path: Path) -> None:
     (tmp_path / UPDATES / f"{version.name}.log").write_bytes(b"something else entirely")
     with pytest.raises(ArtifactError, match="not a log of updates"):
         Searcher.open(tmp_path)
+
+
+def test_nobody_sees_less_while_another_takes_the_news_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller whose upsert has been acknowledged could otherwise search, a moment later, without it."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    taking_in, go_on = threading.Event(), threading.Event()
+    make = Delta.of.__func__
+
+    def slowly(cls: type[Delta], *arguments: Any) -> Delta:
+        taking_in.set()
+        assert go_on.wait(30)
+        return make(cls, *arguments)
+
+    with Searcher.open(tmp_path) as writer, Searcher.open(tmp_path) as reader, ThreadPoolExecutor(2) as pool:
+        writer.upsert(["new"], NEWS[:1])
+        monkeypatch.setattr(Delta, "of", classmethod(slowly))
+        first = pool.submit(lambda: reader.count)
+        assert taking_in.wait(30)
+        second = pool.submit(lambda: reader.count)
+        wait([second], 0.2)
+        go_on.set()
+        assert [first.result(30), second.result(30)] == [len(BASE.ids) + 1] * 2
