@@ -280,6 +280,8 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
     first = trained[0]
     collections = " and ".join(f"{name} ({len(one['values']):,})" for name, one in first["collections"].items())
     setup = first["budget"]
+    if first["overrides"]:
+        yield f"With {', '.join(f'`--set {one}`' for one in first['overrides'])}."
     if setup:
         yield (
             f"Budget: {setup['passes']:,} query texts for each method, repeats and extra texts counted, from "
@@ -290,9 +292,16 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
     yield (
         f"{MEASURE} on the {SPLIT} split of {collections} queries; the first is the collection trained on, the "
         f"others were never seen. In brackets the share of {TEACHER}'s value and the 95 % bootstrap interval of "
-        f"the difference from it. Bold: differs from {BASELINE} there (paired randomisation test, Holm-corrected over "
-        f"the methods, p < {LARGEST_P:g})."
+        f"the difference from it."
     )
+    if BASELINE in of_label:
+        yield (
+            f"Bold: differs from {BASELINE} there (paired randomisation test, Holm-corrected over the methods, "
+            f"p < {LARGEST_P:g})."
+        )
+        absent = sorted(set(shipped_recipes()) - set(of_label) - {"demo"})
+        if absent:
+            yield f"Without a result under this budget: {', '.join(absent)}."
 
 
 def _rows(of_label: Mapping[str, Result]) -> Iterator[str]:
@@ -305,7 +314,7 @@ def _rows(of_label: Mapping[str, Result]) -> Iterator[str]:
         one = of_label[method]
         cost = one["cost"]
         texts = f"{cost['queries'] + cost['extra_texts']:,}" if cost else ""
-        minutes = f"{cost['cpu_minutes']:.1f}" if cost else ""
+        minutes = f"{cost['cpu_minutes']:.1f}" if "cpu_minutes" in cost else ""
         cells = " | ".join(_cell(of_label, method, name, tests[name]) for name in names)
         yield f"| {method} | {NEEDS[one['needs']]} | {texts} | {minutes} | {cells} |"
 
