@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -80,15 +80,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory, collection: Path) -> Path
 def test_help_is_instant_and_names_every_verb() -> None:
     """Without it a torch import at module top would make --help take ten seconds."""
     verb = [sys.executable, "-m", "retrieval_kd.cli.main", "--help"]
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run(verb, capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - started)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(verb, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     for name in ("demo", "run", "mine", "teach", "score", "train", "export", "index", "serve", "search", "eval"):
         assert f" {name} " in done.stdout
-    # The promise is half a second on a free machine; a torch import would take ten times this bound.
-    assert min(times) < 1.5
+    # Processor time, for a busy machine stretches the wall's; a torch import would take several times this bound.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_wrong_usage_is_2_and_wrong_input_is_1(rkd: Rkd) -> None:
@@ -136,7 +134,7 @@ def test_missing_and_malformed_collections(rkd: Rkd, tmp_path: Path, collection:
     [
         ("losses.0.name=embeding_regression", "no loss 'embeding_regression', did you mean 'embedding_regression'"),
         ("losses.0.options={metrik: l2}", "embedding_regression has no option 'metrik'"),
-        ("losses.0.name=pair_distill", "pair_distill reads pairs inputs"),
+        ("losses.0.name=pair_distill", "pair_distill reads pairwise preferences"),
         ("losses.0.name=taid", "taid reads scores inputs (blend)"),
         ("evaluation.measures=[nDGC@10]", "unknown measure 'nDGC@10', did you mean 'nDCG@10'"),
     ],
