@@ -135,7 +135,6 @@ def test_missing_and_malformed_collections(rkd: Rkd, tmp_path: Path, collection:
         ("losses.0.name=embeding_regression", "no loss 'embeding_regression', did you mean 'embedding_regression'"),
         ("losses.0.options={metrik: l2}", "embedding_regression has no option 'metrik'"),
         ("losses.0.name=pair_distill", "pair_distill reads pairwise preferences"),
-        ("losses.0.name=taid", "taid reads scores inputs (blend)"),
         ("evaluation.measures=[nDGC@10]", "unknown measure 'nDGC@10', did you mean 'nDCG@10'"),
     ],
 )
