@@ -30,6 +30,29 @@ class TableStyle(StrEnum):
 
 app = typer.Typer(help="Measure systems on collections; compare them; put reports side by side.", no_args_is_help=True)
 
+_SPECS = """SPEC is KIND:TARGET,KEY=VALUE, with NAME= before it where other systems or tables need a name:
+
+bm25
+
+model:MODEL,dim=128 (a folder or hub id; dim, max_length, query_prefix and document_prefix are optional)
+
+pair:QUERY_MODEL,documents=DOCUMENT_MODEL
+
+index:STORE,encoder=FOLDER (a run's folder brings its own encoder)
+
+server:HOST:PORT
+
+run:FILE
+
+pyserini:INDEX
+
+rerank:MODEL,over=NAME,depth=100
+
+rrf:NAME+NAME,k=60
+
+weighted:NAME+NAME,weights=0.3+0.7,normalise=minmax (or zscore, none)
+"""
+
 Collections = Annotated[
     list[str], typer.Argument(metavar="COLLECTION...", help="Folders, irds:ID, or a folder of collections.")
 ]
@@ -37,10 +60,8 @@ Systems = Annotated[
     list[str] | None,
     typer.Option(
         "--system",
-        metavar="[NAME=]KIND:TARGET[,KEY=VALUE]",
-        help="bm25 | model:MODEL[,dim=N] | pair:QUERY_MODEL,documents=MODEL | index:STORE[,encoder=DIR] | "
-        "server:HOST:PORT | run:FILE | pyserini:INDEX | rerank:MODEL,over=NAME[,depth=N] | rrf:NAME+NAME[,k=N] | "
-        "weighted:NAME+NAME,weights=W+W[,normalise=minmax|zscore|none]; may be repeated.",
+        metavar="SPEC",
+        help="A system, as described below; may be repeated.",
     ),
 ]
 Split = Annotated[str, typer.Option(help="The split whose judgements count.")]
@@ -79,7 +100,7 @@ Cache = Annotated[Path, typer.Option("--artifacts", help="Where vectors and scor
 Out = Annotated[Path | None, typer.Option(help="Write report.json, report.html, runs and per-query values here.")]
 
 
-@app.command()
+@app.command(epilog=_SPECS)
 def beir(
     collections: Collections,
     system: Systems = None,
@@ -124,7 +145,7 @@ def beir(
     _suite(collections, specs, setup, artifacts, out, as_json)
 
 
-@app.command()
+@app.command(epilog=_SPECS)
 def msmarco(
     collections: Collections,
     system: Systems = None,
@@ -272,7 +293,7 @@ def compare(
         typer.echo(f"\n{format_cases(f'Largest losses of {name}', losses)}")
 
 
-@app.command()
+@app.command(epilog=_SPECS)
 def bench(
     collection: Annotated[str, typer.Argument(metavar="COLLECTION", help="A folder, or irds:ID.")],
     system: Systems = None,
