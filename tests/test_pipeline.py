@@ -17,7 +17,7 @@ from tiny import tiny_overrides as overrides
 from typer.testing import CliRunner
 
 from retrieval_kd.cli.main import app
-from retrieval_kd.cli.pipeline import _models
+from retrieval_kd.cli.pipeline import _models, _store
 from retrieval_kd.recipes.loader import load_recipe, shipped_recipes
 from retrieval_kd.runs import Shortlist
 from retrieval_kd.stages import Workspace
@@ -165,3 +165,14 @@ def test_what_a_recipe_names_decides_whether_its_report_is_made_again(tiny: Path
         {f"extra texts of train: {other}"},
         {f"dense {encoder} of {of}" for of in ("the recipe", "train")},
     ]
+
+
+def test_another_kind_of_index_has_a_store_of_its_own(tiny: Path) -> None:
+    """Without it ``rkd serve`` on an earlier run's folder would serve the index of whichever recipe ran last."""
+
+    def store(*more: str) -> Path:
+        recipe = load_recipe("leaf", [*overrides(tiny, "asymmetric"), *more])
+        workspace = Workspace(recipe, tiny / "artifacts")
+        return _store(workspace, workspace.encoder)
+
+    assert store() == store("seed=5") != store("index.kind=hnsw")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,10 @@ def _version(workspace: Workspace, encoder: OnnxEncoder) -> Path:
 
 
 def _store(workspace: Workspace, encoder: OnnxEncoder | None = None) -> Path:
+    """Return the store of an encoder's documents; another kind has its own, or it would replace what a run serves."""
     corpus = workspace.documents_for(encoder or workspace.student)
-    return workspace.root / f"index-{corpus.fingerprint[:12]}"
+    identity = fingerprint({"vectors": corpus.fingerprint, "index": asdict(workspace.recipe.index)})
+    return workspace.root / f"index-{identity[:12]}"
 
 
 def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> Iterator[System]:
