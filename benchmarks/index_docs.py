@@ -52,7 +52,9 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     built = (f"{build['cpu_seconds']:.1f}", f"{build['bytes_per_vector']:,.0f}")
     if "failed" in search:
         return (row["name"], f"not searched: {search['failed']}", "", "", *built, "", f"{build['peak_mib']:,.0f}", "")
-    opened = (f"{search['open_cpu_ms']:.1f}", f"{build['peak_mib']:,.0f}", f"{search['peak_mib']:,.0f}")
+    # A memory that was not measured is left empty.
+    peaks = tuple("" if part["peak_mib"] is None else f"{part['peak_mib']:,.0f}" for part in (build, search))
+    opened = (f"{search['open_cpu_ms']:.1f}", *peaks)
     if search["effort"] is None:
         return (row["name"], f"{search['recall']:.3f} at most", "", "", *built, *opened)
     speed = (f"{search['per_cpu_second_alone']:,.0f}", f"{search['per_cpu_second_in_64']:,.0f}")
