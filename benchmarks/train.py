@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from retrieval_kd.artifacts import producers, write_json
 from retrieval_kd.collections import open_collection
@@ -123,6 +124,11 @@ def train_ours(setting: Setting, mode: str, folder: Path) -> dict[str, Any]:
     return {**spent, "losses": [row["loss"] for row in rows]}
 
 
+def in_order(dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+    """Give the peer's trainer its batches in the order of the rows; at module level, for its checkpoint pickles it."""
+    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+
 def train_peer(setting: Setting, mode: str, folder: Path) -> dict[str, Any]:
     """Train with sentence-transformers: its trainer, its loss, the batches in our order."""
     from datasets import Dataset
@@ -130,7 +136,6 @@ def train_peer(setting: Setting, mode: str, folder: Path) -> dict[str, Any]:
     from sentence_transformers import SentenceTransformerTrainingArguments as Arguments
     from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss
     from sentence_transformers.sentence_transformer.modules import Router
-    from torch.utils.data import BatchSampler, SequentialSampler
 
     setting.student(mode).save(folder / "student")
     columns = ["query", *(f"document_{i}" for i in range(CANDIDATES))]
@@ -154,9 +159,6 @@ def train_peer(setting: Setting, mode: str, folder: Path) -> dict[str, Any]:
             "label": [setting.scores[i].tolist() for i in order],
         }
     )
-
-    def in_order(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
-        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
     schedule = setting.schedule
     arguments = Arguments(
