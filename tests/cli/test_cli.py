@@ -91,7 +91,7 @@ def test_help_is_instant_and_names_every_verb() -> None:
 
 def test_wrong_usage_is_2_and_wrong_input_is_1(rkd: Rkd) -> None:
     """Without it a script could not tell a typo in its own call from a fault in its data."""
-    assert rkd("run")[0] == 2
+    assert rkd("mine")[0] == 2
     assert rkd("no-such-verb")[0] == 2
     assert "did you mean 'margin_mse'" in rkd.fails("mine", "margin_mes")
 
