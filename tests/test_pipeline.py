@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from shutil import copytree
@@ -16,9 +17,11 @@ import pytest
 from tiny import tiny_overrides as overrides
 from typer.testing import CliRunner
 
+from retrieval_kd.artifacts import MANIFEST, PLAN, write_json
 from retrieval_kd.cli.main import app
-from retrieval_kd.cli.pipeline import _models, _store
-from retrieval_kd.recipes.loader import load_recipe, shipped_recipes
+from retrieval_kd.cli.pipeline import _models, _require_same_recipe, _store
+from retrieval_kd.errors import ArtifactError
+from retrieval_kd.recipes.loader import load_recipe, resolved, shipped_recipes
 from retrieval_kd.runs import Shortlist
 from retrieval_kd.stages import Workspace
 from retrieval_kd.teachers.cross_encoder import CrossEncoder
@@ -165,6 +168,32 @@ def test_what_a_recipe_names_decides_whether_its_report_is_made_again(tiny: Path
         {f"extra texts of train: {other}"},
         {f"dense {encoder} of {of}" for of in ("the recipe", "train")},
     ]
+
+
+@pytest.mark.parametrize("file", [MANIFEST, PLAN])
+def test_a_folder_from_before_a_key_was_added_holds_the_same_recipe(tmp_path: Path, file: str) -> None:
+    """Without it ``rkd demo`` and ``rkd run`` would refuse their own folders after every upgrade that adds a key."""
+    stages = ["stages=[{name: warmup}, {name: hard}]"]
+    held = resolved(load_recipe("margin_mse", stages))
+    for section in (held, *held["stages"]):
+        del section["schedule"]["precision"]
+    del held["evaluation"]["rerank_depth"]
+    write_json(tmp_path / file, {"config": held})
+    _require_same_recipe(tmp_path, load_recipe("margin_mse", stages))
+    for setting, told in (
+        ("evaluation.rerank_depth=7", "evaluation.rerank_depth: 100 -> 7"),
+        ("stages.hard.schedule.precision=bf16", 'stages.hard.schedule.precision: "fp32" -> "bf16"'),
+    ):
+        with pytest.raises(ArtifactError, match=re.escape(f"another recipe ({told});")):
+            _require_same_recipe(tmp_path, load_recipe("margin_mse", [*stages, setting]))
+
+
+def test_a_folder_of_a_key_that_recipes_lost_is_told_by_that_key(tmp_path: Path) -> None:
+    """Without it a folder whose recipe can no longer be read would be taken for one of the same recipe."""
+    recipe = load_recipe("margin_mse")
+    write_json(tmp_path / MANIFEST, {"config": {**resolved(recipe), "gone": 1}})
+    with pytest.raises(ArtifactError, match=r"another recipe \(gone: 1 -> absent\);"):
+        _require_same_recipe(tmp_path, recipe)
 
 
 def test_another_kind_of_index_has_a_store_of_its_own(tiny: Path) -> None:

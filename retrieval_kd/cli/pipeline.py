@@ -39,9 +39,9 @@ from retrieval_kd.collections.base import dev_queries, split_queries
 from retrieval_kd.encoders.corpus import encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.encoders.resolve import resolve_model
-from retrieval_kd.errors import ArtifactError, ServeError
-from retrieval_kd.recipes.loader import resolved, to_yaml
-from retrieval_kd.recipes.schema import CollectionSpec
+from retrieval_kd.errors import ArtifactError, RecipeError, ServeError
+from retrieval_kd.recipes.loader import resolved, section, to_yaml
+from retrieval_kd.recipes.schema import CollectionSpec, Recipe
 from retrieval_kd.runs import Ranking, Run, Shortlist
 from retrieval_kd.stages import Workspace
 from retrieval_kd.stages.teaching import Teaching
@@ -68,7 +68,7 @@ def run_recipe(workspace: Workspace, out: Path, command: str) -> dict[str, Any]:
         ArtifactError: ``out`` holds a run of another recipe, finished or not; names the keys that differ.
     """
     recipe = workspace.recipe
-    _require_same_recipe(out, resolved(recipe))
+    _require_same_recipe(out, recipe)
     spec = Spec(
         "report",
         config=resolved(recipe),
@@ -94,9 +94,15 @@ def run_recipe(workspace: Workspace, out: Path, command: str) -> dict[str, Any]:
     return report
 
 
-def _require_same_recipe(out: Path, recipe: Mapping[str, Any]) -> None:
+def _require_same_recipe(out: Path, recipe: Recipe) -> None:
     held = config_of(out)
-    differences = changes(held, recipe) if held is not None else []
+    if held is None:
+        return
+    # Keys that recipes gained since the folder was written had their defaults then. What cannot be read is compared
+    # as it is: the keys that differ say why.
+    with contextlib.suppress(RecipeError):
+        held = resolved(section(Recipe, held, ""))
+    differences = changes(held, resolved(recipe))
     if differences:
         raise ArtifactError(
             f"{out}: holds a run of another recipe ({shown(differences)}); give another folder with --out, or delete it"
