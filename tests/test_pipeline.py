@@ -17,9 +17,11 @@ import pytest
 from tiny import tiny_overrides as overrides
 from typer.testing import CliRunner
 
+from index.search import Searcher
 from retrieval_kd.artifacts import MANIFEST, PLAN, write_json
 from retrieval_kd.cli.main import app
-from retrieval_kd.cli.pipeline import _models, _require_same_recipe, _store
+from retrieval_kd.cli.pipeline import _models, _require_same_recipe, _store, _version
+from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import ArtifactError
 from retrieval_kd.recipes.loader import load_recipe, resolved, shipped_recipes
 from retrieval_kd.runs import Shortlist
@@ -205,3 +207,18 @@ def test_another_kind_of_index_has_a_store_of_its_own(tiny: Path) -> None:
         return _store(workspace, workspace.encoder)
 
     assert store() == store("seed=5") != store("index.kind=hnsw")
+
+
+def test_updates_of_one_student_do_not_reach_another_over_the_same_vectors(tiny: Path, tmp_path: Path) -> None:
+    """Without it a document deleted through one run's service would be missing from the next run's report."""
+    workspace = Workspace(load_recipe("leaf", [*overrides(tiny, "asymmetric"), "index.kind=hnsw"]), tmp_path)
+    cut = workspace.untrained_student()
+    cut.move_to_space_of(workspace.encoder.card, "query")
+    student = OnnxEncoder.load(workspace.export(cut))
+    assert workspace.documents_for(student).fingerprint == workspace.documents_for(workspace.encoder).fingerprint
+    with Searcher.open(_version(workspace, student)) as served:
+        served.delete(["d0-1"])
+    with Searcher.open(_version(workspace, workspace.encoder)) as other:
+        assert other.count == len(workspace.corpus.ids)
+    with Searcher.open(_version(workspace, student)) as own:
+        assert own.count == len(workspace.corpus.ids) - 1

@@ -229,9 +229,15 @@ def _version(workspace: Workspace, encoder: OnnxEncoder) -> Path:
 
 
 def _store(workspace: Workspace, encoder: OnnxEncoder | None = None) -> Path:
-    """Return the store of an encoder's documents; another kind has its own, or it would replace what a run serves."""
-    corpus = workspace.documents_for(encoder or workspace.student)
-    identity = fingerprint({"vectors": corpus.fingerprint, "index": asdict(workspace.recipe.index)})
+    """Return the store that an encoder's queries search: updates of what one run serves must not reach another's."""
+    encoder = encoder or workspace.student
+    identity = fingerprint(
+        {
+            "vectors": workspace.documents_for(encoder).fingerprint,
+            "index": asdict(workspace.recipe.index),
+            "queries": encoder.card.fingerprint,
+        }
+    )
     return workspace.root / f"index-{identity[:12]}"
 
 
