@@ -163,6 +163,7 @@ class MicroBatcher:
         loop = asyncio.get_running_loop()
         entries = [_Entry(row, loop.create_future()) for row in rows]
         self._queues[side].extend(entries)
+        self._metrics.queued(self._texts, self._queued_tokens)
         self._arrival.set()
         done = await asyncio.gather(*(entry.done for entry in entries))
         started = min(one.started for one in done)

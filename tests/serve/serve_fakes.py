@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,13 @@ class Running:
         """Return where it listens."""
         return f"127.0.0.1:{self.port}"
 
+    def wait_for(self, metric: str, value: float, **labels: str) -> None:
+        """Wait until a metric has a value; how long that takes is the machine's affair."""
+        give_up = time.monotonic() + 30
+        while (found := self.metrics.registry.get_sample_value(metric, labels)) != value:
+            assert time.monotonic() < give_up, f"{metric} is {found}"
+            time.sleep(0.005)
+
     def reload(self) -> None:
         """Do what SIGHUP does."""
         self._loop.call_soon_threadsafe(self.reload_event.set)
@@ -289,7 +297,6 @@ def real_store(folder: Path, *counts: int) -> StoreSource:
 
 if __name__ == "__main__":  # a server process for the tests of signals: serve_fakes.py READY_FILE SECONDS_PER_BATCH
     import sys
-    import time
 
     encoder = FakeEncoder()
     encode = encoder.run

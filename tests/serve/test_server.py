@@ -124,7 +124,7 @@ def test_nothing_heavy_runs_on_the_event_loop(
     assert {name.split("_")[0] for name in searcher.threads} == {"search"}
 
 
-def test_timings_add_up(stub: rpc.RetrievalServiceStub, encoder: FakeEncoder) -> None:
+def test_timings_add_up(server: Running, stub: rpc.RetrievalServiceStub, encoder: FakeEncoder) -> None:
     """Parts that exceed the whole, or a wait counted as work, send people to tune the wrong thing."""
     encoder.gate.clear()
     encoder.busy.clear()
@@ -132,6 +132,7 @@ def test_timings_add_up(stub: rpc.RetrievalServiceStub, encoder: FakeEncoder) ->
         first = callers.submit(stub.Search, pb.SearchRequest(text="a", top_k=1))
         assert encoder.busy.wait(10)
         second = callers.submit(stub.Search, pb.SearchRequest(text="b", top_k=1))
+        server.wait_for("rkd_queued", 1, unit="texts")
         time.sleep(0.1)
         encoder.gate.set()
         held, queued = first.result().timings, second.result().timings
@@ -140,9 +141,9 @@ def test_timings_add_up(stub: rpc.RetrievalServiceStub, encoder: FakeEncoder) ->
         assert 0 < parts <= times.total_ns
         assert times.search_ns > 0
         assert times.tokenize_ns > 0
-    assert held.encode_ns > 50e6
-    assert queued.queue_ns > 20e6
-    assert queued.encode_ns < held.encode_ns
+    # No machine sleeps shorter than it was told.
+    assert held.encode_ns >= 100e6
+    assert queued.queue_ns >= 100e6
 
 
 def test_every_violation_is_in_the_details(stub: rpc.RetrievalServiceStub) -> None:
@@ -187,16 +188,18 @@ def test_a_message_of_seven_mebibytes_passes(stub: rpc.RetrievalServiceStub) -> 
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_cancelled_call_is_never_encoded(stub: rpc.RetrievalServiceStub, encoder: FakeEncoder) -> None:
+def test_a_cancelled_call_is_never_encoded(
+    server: Running, stub: rpc.RetrievalServiceStub, encoder: FakeEncoder
+) -> None:
     """Work for callers who left is how an overloaded server stays overloaded."""
     encoder.gate.clear()
     encoder.busy.clear()
     first = stub.Search.future(pb.SearchRequest(text="first", top_k=1))
     assert encoder.busy.wait(10)
     leaving = stub.Search.future(pb.SearchRequest(text="leaving", top_k=1))
-    time.sleep(0.2)
+    server.wait_for("rkd_queued", 1, unit="texts")
     leaving.cancel()
-    time.sleep(0.2)
+    server.wait_for("rkd_requests_in_flight", 1)
     encoder.gate.set()
     assert len(first.result(10).hits) == 1
     assert len(stub.Search(pb.SearchRequest(text="last", top_k=1)).hits) == 1
@@ -204,7 +207,9 @@ def test_a_cancelled_call_is_never_encoded(stub: rpc.RetrievalServiceStub, encod
     assert all(tuple(row) not in batch for batch in encoder.runs)
 
 
-def test_an_expired_call_is_never_encoded(stub: rpc.RetrievalServiceStub, encoder: FakeEncoder) -> None:
+def test_an_expired_call_is_never_encoded(
+    server: Running, stub: rpc.RetrievalServiceStub, encoder: FakeEncoder
+) -> None:
     """A deadline that passed in the queue must cost the encoder nothing."""
     encoder.gate.clear()
     encoder.busy.clear()
@@ -213,7 +218,7 @@ def test_an_expired_call_is_never_encoded(stub: rpc.RetrievalServiceStub, encode
     with pytest.raises(grpc.RpcError) as late:
         stub.Search(pb.SearchRequest(text="late", top_k=1), timeout=0.2)
     assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    time.sleep(0.1)
+    server.wait_for("rkd_requests_in_flight", 1)
     encoder.gate.set()
     first.result(10)
     stub.Search(pb.SearchRequest(text="last", top_k=1))
@@ -232,11 +237,10 @@ def test_the_server_sets_a_deadline_of_its_own(
     """A call without a deadline, or with one of a year, would hold its place for ever."""
     running = start(encoder, limits=limits)
     encoder.gate.clear()
-    began = time.monotonic()
     with grpc.insecure_channel(running.target) as channel, pytest.raises(grpc.RpcError) as late:
         rpc.RetrievalServiceStub(channel).Search(pb.SearchRequest(text="a", top_k=1), timeout=timeout)
+    # The caller's own deadline would come without details, and the encoder's gate opens for nobody.
     assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert time.monotonic() - began < 5
     assert details(late.value, error_details_pb2.ErrorInfo).reason == "DEADLINE_EXCEEDED"
 
 
@@ -255,12 +259,11 @@ def test_overload_is_refused_at_once_and_ends_with_the_load(start: Start, encode
         accepted = [stub.Search.future(pb.SearchRequest(text="a", top_k=1))]
         assert encoder.busy.wait(10)
         accepted += [stub.Search.future(pb.SearchRequest(text=text, top_k=1)) for text in "bc"]
-        time.sleep(0.3)
-        began = time.monotonic()
+        running.wait_for("rkd_queued", 2, unit="texts")
         with pytest.raises(grpc.RpcError) as refused:
             stub.Search(pb.SearchRequest(text="d", top_k=1), timeout=10)
-        assert time.monotonic() - began < 2
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert not any(call.done() for call in accepted), "it waited for what was there before it"
         assert details(refused.value, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
         encoder.gate.set()
         assert [len(call.result(10).hits) for call in accepted] == [1, 1, 1]
@@ -381,8 +384,8 @@ def test_stopping_finishes_the_calls_in_flight(start: Start, encoder: FakeEncode
         encoder.gate.clear()
         encoder.busy.clear()
         calls = [stub.Search.future(pb.SearchRequest(text=text, top_k=1)) for text in "ab"]
+        running.wait_for("rkd_requests_in_flight", 2)
         assert encoder.busy.wait(10)
-        time.sleep(0.2)
         running.begin_stop()
         time.sleep(0.2)
         assert not running.done.done()
