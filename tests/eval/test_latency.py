@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,19 +12,21 @@ from retrieval_kd.errors import DataError
 from retrieval_kd.progress import progress, silence
 
 
-def test_warm_up_is_not_timed_and_every_input_is_called_alone() -> None:
+def test_warm_up_is_not_timed_and_every_input_is_called_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first call of a session loads and compiles: in the percentiles it would hide the service's speed."""
     calls: list[int] = []
+    now = 0.0
+    monkeypatch.setattr("eval.latency.time", SimpleNamespace(perf_counter=lambda: now))
 
     def call(value: int) -> None:
+        nonlocal now
         calls.append(value)
-        time.sleep(0.05 if len(calls) <= 2 else 0.001)
+        now += 0.05 if len(calls) <= 2 else 0.001 * value
 
     found = latency(call, [1, 2, 3, 4, 5, 6], warmup=2)
     assert calls == [1, 2, 1, 2, 3, 4, 5, 6]
     assert found.calls == 6
-    assert 1.0 <= found.p50_ms < 40.0
-    assert found.p50_ms <= found.p95_ms
+    assert (found.p50_ms, found.p95_ms, found.max_ms) == pytest.approx((3.5, 5.75, 6.0))
 
 
 def test_a_budget_stops_slow_systems_after_one_call_at_least() -> None:

@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +76,7 @@ def test_a_call_that_is_cancelled_leaves_no_call_in_flight(start: Start, encoder
         call = stub.Search.future(pb.SearchRequest(text="a", top_k=1))
         assert encoder.busy.wait(10)
         call.cancel()
-        time.sleep(0.2)
+        running.wait_for("rkd_requests_in_flight", 0)
         encoder.gate.set()
         assert len(stub.Search(pb.SearchRequest(text="b", top_k=1)).hits) == 1
     sample = running.metrics.registry.get_sample_value
@@ -168,13 +167,14 @@ def test_a_logged_failure_keeps_its_trace_on_one_line() -> None:
 
 def test_draining_says_not_serving_before_it_refuses(start: Start, encoder: FakeEncoder) -> None:
     """Without it a load balancer would send calls to a server that already refuses them."""
-    running = start(encoder, drain_delay=0.6)
+    running = start(encoder, drain_delay=2.0)
     with grpc.insecure_channel(running.target) as channel, RetrievalClient(running.target) as client:
         health = health_pb2_grpc.HealthStub(channel)
         assert len(client.search("a").hits) == 10
+        watch = health.Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
         running.begin_stop()
-        time.sleep(0.2)
-        assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert len(client.search("a").hits) == 10
     running.done.result(20)
 
