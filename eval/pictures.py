@@ -59,6 +59,9 @@ def _draw(rows: list[tuple[Report, float]], measure: str, label: str, path: Path
     axes.set_xscale("log")
     costs = [value for _, value in rows]
     middle = math.sqrt(min(costs) * max(costs))
+    # Said outright: matplotlib's own limits around a single cost can have no width.
+    room = max(max(costs) / min(costs), 10.0) ** 0.2
+    axes.set_xlim(min(costs) / room, max(costs) * room)
     for row, value in rows:
         low, high = row["intervals"][measure]
         colour = _COLOURS.get(row["role"], _PLAIN)
@@ -84,7 +87,6 @@ def _draw(rows: list[tuple[Report, float]], measure: str, label: str, path: Path
         f"means over {queries:,} queries with 95 % intervals; dashed: no other system beats these on both",
         fontsize=9, loc="left",
     )  # fmt: skip
-    axes.margins(x=0.2)
     axes.grid(axis="y", color="#dce1e8")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -56,7 +56,7 @@ def run(tiny: Path, command: str, overrides: list[str], out: str = "") -> str:
 
 def test_commands_were_found() -> None:
     """Without it a changed code fence would leave nothing tested and the tests below green."""
-    assert len(commands()) == 17
+    assert len(commands()) == 19
     assert [language for language, _ in BLOCKS].count("python") == 1
 
 
@@ -90,7 +90,7 @@ def test_commands_run(tiny: Path, served: str, tmp_path: Path, command: str) -> 
         overrides.append("teacher.max_length=48")
     if "msmarco" in command:
         spoken += " --split test"
-    assert run(tiny, spoken, overrides, f"out-{verb}" if verb == "run" else "")
+    assert run(tiny, spoken, overrides, f"out-{spoken.split()[2]}" if verb == "run" else "")
 
 
 def test_the_python_snippet_runs(served: str) -> None:

@@ -269,3 +269,11 @@ def test_cost_agreement_and_published_figures_have_their_sections(tmp_path: Path
         report.pop(section)
     older = render_page({**report, "systems": [{k: v for k, v in s.items() if k != "cost"} for s in report["systems"]]})
     assert not any(heading in older for heading in (">Cost<", "Published figures", "Query by query"))
+
+
+@pytest.mark.parametrize("milliseconds", [1e-3, 0.0447, 0.1, 1.0, 7.3, 1e4])
+def test_a_lone_system_has_its_pictures(tmp_path: Path, milliseconds: float) -> None:
+    """Without it the limits around a single cost could have no width, and the report would end in a warning's trace."""
+    cost = Facts(query_ms_p50=milliseconds, query_ms_p95=milliseconds)
+    _write(tmp_path, [_system("BM25", "bm25", 0, cost)])
+    assert (tmp_path / "plots" / "quality-latency.png").stat().st_size > 0
