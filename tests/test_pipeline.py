@@ -70,9 +70,10 @@ def test_every_recipe_trains_and_its_loss_falls(tiny: Path, name: str, mode: str
     assert (card.space_fingerprint == workspace.encoder.card.fingerprint) == (mode == "asymmetric")
 
 
-def test_only_pairs_without_a_score_are_scored(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_pairs_without_a_score_are_scored(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it a recipe with one more negative would pay for every pair again, hours on a real collection."""
-    workspace = Workspace(load_recipe("margin_mse", overrides(tiny, "asymmetric")), tiny / "artifacts")
+    # Among the shared artifacts are scores of other tests' pairs, which need none either.
+    workspace = Workspace(load_recipe("margin_mse", overrides(tiny, "asymmetric")), tmp_path)
     teacher, candidates = workspace.last.teacher.members[0], workspace.last.candidates
     before = teacher.scores(candidates, {})
     documents = [document.doc_id for document in workspace.collection.documents()]
