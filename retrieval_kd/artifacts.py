@@ -29,7 +29,18 @@ MANIFEST = "manifest.json"
 PLAN = ".plan.json"
 LOCK = ".lock"
 FORMAT_VERSION = 1
-_PRODUCERS = ("numpy", "torch", "transformers", "tokenizers", "onnxruntime", "faiss-cpu", "bm25s", "pyarrow")
+_PRODUCERS = (
+    "numpy",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "faiss-cpu",
+    "faiss-gpu",
+    "bm25s",
+    "pyarrow",
+)
 
 
 def canonical_json(value: object) -> str:
