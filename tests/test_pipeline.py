@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tiny import tiny_collection_folder
 from tiny import tiny_overrides as overrides
 from typer.testing import CliRunner
 
@@ -223,3 +224,19 @@ def test_updates_of_one_student_do_not_reach_another_over_the_same_vectors(tiny:
         assert other.count == len(workspace.corpus.ids)
     with Searcher.open(_version(workspace, student)) as own:
         assert own.count == len(workspace.corpus.ids) - 1
+
+
+def test_collections_side_by_side_keep_their_dev_queries(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it two collections under one ``--artifacts`` would each encode its dev queries over the other's."""
+    other = tiny_collection_folder(tmp_path / "other", seed=1)
+    tuned = [*overrides(tiny, "asymmetric"), "index.kind=hnsw"]
+    workspaces = [
+        Workspace(load_recipe("leaf", [*tuned, *more]), tmp_path / "artifacts")
+        for more in ([], [f"collection={other}"])
+    ]
+    assert workspaces[0].dev[0] != workspaces[1].dev[0]
+    versions = [_version(workspace, workspace.encoder) for workspace in workspaces]
+    monkeypatch.delattr(OnnxEncoder, "encode")
+    assert [_version(workspace, workspace.encoder) for workspace in workspaces] == versions

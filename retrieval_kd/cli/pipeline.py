@@ -35,8 +35,7 @@ from index.search import Searcher
 from retrieval_kd.artifacts import MANIFEST, Spec, atomic_write, build, config_of, file_sha256, fingerprint
 from retrieval_kd.changes import changes, shown
 from retrieval_kd.collections import open_collection
-from retrieval_kd.collections.base import dev_queries, split_queries
-from retrieval_kd.encoders.corpus import encode_texts
+from retrieval_kd.collections.base import split_queries
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.errors import ArtifactError, RecipeError, ServeError
@@ -222,8 +221,7 @@ def _version(workspace: Workspace, encoder: OnnxEncoder) -> Path:
     """Build the index that an encoder's queries search, tuned to those of dev, and return its version folder."""
     spec, queries = workspace.recipe.index, None
     if spec.kind != "exact":
-        texts, _ = dev_queries(workspace.collection)
-        queries = encode_texts(encoder, texts, "query", workspace.root / f"dev-{encoder.card.fingerprint[:12]}")
+        queries = workspace.encoded_queries(workspace.dev[0], encoder)
     corpus = workspace.documents_for(encoder)
     return build_index(corpus, spec, _store(workspace, encoder), encoder.card, queries=queries)
 
