@@ -19,7 +19,7 @@ from index.probes import PROBE_COUNT, PROBES, evenly_spaced
 from index.search import Opened, make_probes
 from index.store import IndexStore, hold
 from index.tune import EXACT_BELOW, Considered, choose, sampled, tune
-from index.updates import FOLDED, UpdateLog
+from index.updates import FOLDED, START, UpdateLog
 from index.vectors import BLOCK_ROWS, write_stored
 from retrieval_kd.collections.base import Collection
 from retrieval_kd.encoders.base import Vectors
@@ -174,7 +174,7 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
             make_probes(folder, finished, probes).save(folder)
             return finished
 
-        return IndexStore(store).publish(content.fingerprint, write, Changes(store, source.name, [], 0).handed_on)
+        return IndexStore(store).publish(content.fingerprint, write, Changes(store, source.name, [], START).handed_on)
     finally:
         lease.release()
 

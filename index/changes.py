@@ -10,7 +10,7 @@ from pathlib import Path
 from index.manifest import IndexManifest
 from index.merge import NO_UPDATE
 from index.store import VERSIONS, IndexStore
-from index.updates import FOLDED, Update, UpdateLog, summed, writing
+from index.updates import FOLDED, START, Place, Update, UpdateLog, summed, writing
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.errors import ArtifactError, DataError
 
@@ -29,7 +29,7 @@ class Changes:
     store: Path
     version: str
     updates: Sequence[Update]
-    read_to: int
+    read_to: Place
 
     @classmethod
     def of(cls, store: Path) -> Changes:
@@ -41,9 +41,9 @@ class Changes:
         try:
             version = IndexStore(store).current()
         except ArtifactError:
-            return cls(store, "", (), 0)
-        folded, _ = UpdateLog(version / FOLDED).read()
-        news, read_to = UpdateLog.of(store, version.name).read()
+            return cls(store, "", (), START)
+        folded = UpdateLog(version / FOLDED).read().updates
+        news, read_to, _ = UpdateLog.of(store, version.name).read()
         return cls(store, version.name, [*folded, *news], read_to)
 
     def since_first(self, encoder: EncoderCard) -> Update:
@@ -80,4 +80,4 @@ class Changes:
             yield
 
     def _late(self) -> list[Update]:
-        return UpdateLog.of(self.store, self.version).read(self.read_to)[0] if self.version else []
+        return UpdateLog.of(self.store, self.version).read(self.read_to).updates if self.version else []

@@ -27,7 +27,7 @@ from index.probes import PROBE_DEPTH, Probes
 from index.scoring import Scored, Scorer
 from index.store import VERSIONS, IndexStore, Lease, hold
 from index.threads import faiss_threads
-from index.updates import Update, UpdateLog, summed, writing
+from index.updates import START, Update, UpdateLog, summed, writing
 from index.vectors import Storage, StoredVectors
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
@@ -136,7 +136,8 @@ class Searcher:
         self._log = UpdateLog.of(folder.parent.parent, folder.name)
         self._refreshing = threading.Lock()
         self._updates: list[Update] = []
-        self._read_to = 0
+        self._read_to = START
+        self._seen = (0, 0, 0)
         self._delta: Delta | None = None
         self._refresh()
 
@@ -379,18 +380,19 @@ class Searcher:
 
     def _refresh(self) -> Delta | None:
         """Return the changes until now, those of other processes included."""
-        if self._log.size == self._read_to:
+        if self._log.state == self._seen:
             return self._delta
         with self._refreshing:
-            if self._log.size < self._read_to:
-                # A record was taken back because the disk refused it.
-                self._updates, self._read_to, self._delta = [], 0, None
-            news, read_to = self._log.read(self._read_to)
+            state = self._log.state
+            news, self._read_to, anew = self._log.read(self._read_to)
+            if anew:
+                # The log was replaced, or a record was taken back because the disk refused it.
+                self._updates, self._delta = [], None
             if news:
                 self._updates = [summed([*self._updates, *news])]
                 self._delta = Delta.of(self._updates[0], self._content, self._opened.ids)
             # Last: who finds it at the log's end does not wait for the lock.
-            self._read_to = read_to
+            self._seen = state
             return self._delta
 
     def _checked(self, vectors: Vectors) -> Vectors:

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,6 +74,39 @@ class Update:
         return cls(ids, vectors, tuple(head["fields"]), tuple(head["delete"]))
 
 
+class Place(NamedTuple):
+    """How far a log was read: the end of its last whole record, and how to know that record again.
+
+    Attributes:
+        inode: The file; a log may be replaced by another, in which its places mean nothing.
+        end: Where the next record will be; 0 before anything was read.
+        last: Where the last whole record begins.
+        head: Its length and checksum; the magic when there is no record.
+    """
+
+    inode: int
+    end: int
+    last: int
+    head: bytes
+
+
+START = Place(0, 0, 0, b"")
+
+
+class News(NamedTuple):
+    """What was read of a log.
+
+    Attributes:
+        updates: The whole records.
+        place: The end of the last one.
+        anew: Whether they are the whole of another log than the one that was asked for more of.
+    """
+
+    updates: list[Update]
+    place: Place
+    anew: bool
+
+
 class UpdateLog:
     """A log of updates; it need not exist yet."""
 
@@ -81,6 +114,7 @@ class UpdateLog:
         """Name the file."""
         self.path = path
         self._name = str(path)
+        self._written = START
 
     @classmethod
     def of(cls, store: Path, version: str) -> UpdateLog:
@@ -88,45 +122,54 @@ class UpdateLog:
         return cls(store / UPDATES / f"{version}.log")
 
     @property
-    def size(self) -> int:
-        """Return the size of the file; 0 when there is none."""
+    def state(self) -> tuple[int, int, int]:
+        """Return what differs after every change to the log: its file, size and time; zeros when there is none."""
         try:
-            return os.stat(self._name).st_size  # noqa: PTH116  asked before every search, and Path takes longer
+            found = os.stat(self._name)  # noqa: PTH116  asked before every search, and Path takes longer
         except FileNotFoundError:
-            return 0
+            return 0, 0, 0
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
-    def read(self, start: int = 0) -> tuple[list[Update], int]:
-        """Return the whole records from a place on, and the place after the last of them.
+    def read(self, since: Place = START) -> News:
+        """Return the whole records from a place on; all of them when the log is no longer that of the place.
 
         Args:
-            start: A place that an earlier call returned; 0 for the beginning.
+            since: A place that an earlier call returned.
 
         Raises:
             ArtifactError: the file is no log, or is damaged before its last record; names it.
         """
         try:
             with self.path.open("rb") as file:
-                file.seek(start)
+                found = os.fstat(file.fileno())
+                inode, size = found.st_ino, found.st_size
+                file.seek(since.last)
+                # A file that took the place of another may have its inode as well, so the record is looked at too.
+                same = inode == since.inode and size >= since.end and file.read(_HEAD.size) == since.head
+                place = since if same else START
+                file.seek(place.end)
                 content = file.read()
         except FileNotFoundError:
-            return [], 0
-        at = 0
+            return News([], START, since.end > 0)
+        anew = since.end > 0 and place.end == 0
+        start, at, last, head = place.end, 0, place.last, place.head
         if start == 0:
             if not content.startswith(_MAGIC):
                 if _MAGIC.startswith(content.rstrip(b"\0")):
-                    return [], 0
+                    return News([], START, anew)
                 raise ArtifactError(f"{self.path}: not a log of updates; restore it or remove it and its updates")
-            at = len(_MAGIC)
+            at, head = len(_MAGIC), _MAGIC
         updates = []
         while (body := _record(content, at)) is not None:
             try:
                 updates.append(Update.from_bytes(body))
             except (ValueError, KeyError, TypeError) as error:
                 raise self._damaged(start + at, str(error)) from None
+            last, head = start + at, content[at : at + _HEAD.size]
             at += _HEAD.size + len(body)
         if not _is_torn(content, at):
             raise self._damaged(start + at, "its checksum differs, and records follow it")
-        return updates, start + at
+        return News(updates, Place(inode, start + at, last, head), anew)
 
     def append(self, update: Update) -> None:
         """Add a record; on return it is on disk and every reader sees it.
@@ -139,14 +182,19 @@ class UpdateLog:
         try:
             folder = self.path.parent
             folder.mkdir(parents=True, exist_ok=True)
-            _, end = self.read()
+            # What this object wrote or read is whole already; others may have written since.
+            self._written = self.read(self._written).place
+            end = self._written.end
             body = update.to_bytes()
-            record = (b"" if end else _MAGIC) + _HEAD.pack(len(body), zlib.crc32(body)) + body
+            head = _HEAD.pack(len(body), zlib.crc32(body))
+            record = (b"" if end else _MAGIC) + head + body
             descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
                 # Also cuts off what a writer that died has left.
                 os.ftruncate(descriptor, end)
                 self._write(descriptor, record, end)
+                after = end + len(record)
+                self._written = Place(os.fstat(descriptor).st_ino, after, after - len(body) - len(head), head)
             finally:
                 os.close(descriptor)
             if end == 0:

@@ -140,7 +140,7 @@ def test_unusable_updates_change_nothing(
     searcher, _, _ = opened_with_fields(tmp_path)
     with pytest.raises(DataError, match=message):
         searcher.upsert(ids, vectors, fields)
-    assert log_of(searcher, tmp_path).size == 0
+    assert log_of(searcher, tmp_path).state[1] == 0
     assert searcher.count == len(BASE.ids)
 
 
@@ -179,7 +179,7 @@ def test_the_next_build_folds_updates_in_and_the_one_after_keeps_them(tmp_path: 
             a.scores.tobytes() == b.scores.tobytes() for a, b in zip(folded.search(ASKED, 300), before, strict=True)
         )
         assert folded.fields(["new", BASE.ids[3]], names) == [{"year": 2}, {"title": "changed", "year": 1}]
-        assert log_of(folded, tmp_path).size == 0
+        assert log_of(folded, tmp_path).state[1] == 0
         assert build_index(owned, IndexSpec(), tmp_path, collection=collection, fields=names) == second
         folded.upsert(["newest"], NEWS[:1])
     third = build_index(owned, IndexSpec("hnsw"), tmp_path, collection=collection, fields=names)
@@ -323,16 +323,16 @@ def test_a_log_torn_at_every_byte_gives_its_whole_records_and_goes_on(tmp_path: 
         other = UpdateLog(tmp_path / f"{count}.log")
         for update in updates[:count]:
             other.append(update)
-        ends.append(other.size)
+        ends.append(other.state[1])
     assert ends[-1] == len(whole)
     for cut in range(len(whole) + 1):
         for padding in (b"", b"\0" * 13):
             torn = UpdateLog(tmp_path / "torn.log")
             torn.path.write_bytes(whole[:cut] + (padding if cut < len(whole) else b""))
             complete = sum(end <= cut for end in ends[1:])
-            read, at = torn.read()
+            read, place, _ = torn.read()
             assert same(read, updates[:complete]), cut
-            assert at == (ends[complete] or at)
+            assert place.end == (ends[complete] or place.end)
             torn.append(updates[1])
             assert same(torn.read()[0], [*updates[:complete], updates[1]]), cut
 
@@ -349,7 +349,7 @@ def test_a_flipped_bit_in_the_log_is_never_read_as_an_update(tmp_path: Path) -> 
         flipped[at] ^= 0x10
         log.path.write_bytes(flipped)
         try:
-            read, _ = log.read()
+            read = log.read().updates
         except ArtifactError as error:
             assert "some.log" in str(error)  # noqa: PT017
             continue
@@ -363,12 +363,59 @@ def test_a_reader_goes_on_from_where_it_was(tmp_path: Path) -> None:
     log = UpdateLog(tmp_path / "log")
     first = Update(("a",), NEWS[:1], ({},))
     log.append(first)
-    _, place = log.read()
-    assert log.read(place) == ([], place)
+    _, place, _ = log.read()
+    assert log.read(place) == ([], place, False)
     log.append(Update((), np.empty((0, 8), np.float32), (), ("a",)))
-    news, end = log.read(place)
+    news, end, anew = log.read(place)
     assert [one.deleted for one in news] == [("a",)]
-    assert end == log.size
+    assert (end.end, anew) == (log.state[1], False)
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 40])
+@pytest.mark.parametrize("how", ["renamed", "same file number"])
+def test_a_log_that_is_replaced_is_read_from_its_beginning(tmp_path: Path, others: int, how: str) -> None:
+    """Without it a reader goes on at a place of the old log: in the middle of a record, or past what it missed."""
+    version = build_index(BASE, IndexSpec(), tmp_path).name
+    log = UpdateLog.of(tmp_path, version)
+    updates = [Update((f"new-{i}",), NEWS[i : i + 1], ({},)) for i in range(others)]
+    with Searcher.open(tmp_path) as reader:
+        reader.upsert(["old", "older"], NEWS[:2])
+        assert reader.count == len(BASE.ids) + 2
+        if how == "renamed":
+            log.replace(updates)
+        else:
+            other = UpdateLog(tmp_path / "other.log")
+            for update in updates:
+                other.append(update)
+            log.path.write_bytes(other.path.read_bytes() if others else b"")
+        assert reader.count == len(BASE.ids) + others
+        reader.upsert(["newest"], NEWS[:1])
+        assert reader.count == len(BASE.ids) + others + 1
+    assert {doc_id for one in log.read().updates for doc_id in one.doc_ids} == {
+        "newest",
+        *(f"new-{i}" for i in range(others)),
+    }
+
+
+def test_a_writer_reads_only_what_others_wrote_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it each upsert reads the whole log: the thousandth takes a thousand times as long as the first."""
+    read = []
+    take = Update.from_bytes.__func__
+
+    def counted(cls: type[Update], body: bytes) -> Update:
+        read.append(take(cls, body))
+        return read[-1]
+
+    monkeypatch.setattr(Update, "from_bytes", classmethod(counted))
+    mine, theirs = UpdateLog(tmp_path / "log"), UpdateLog(tmp_path / "log")
+    for i in range(10):
+        mine.append(Update((), np.empty((0, 8), np.float32), (), (f"mine-{i}",)))
+    assert read == []
+    theirs.append(Update((), np.empty((0, 8), np.float32), (), ("theirs",)))
+    read.clear()
+    mine.append(Update((), np.empty((0, 8), np.float32), (), ("last",)))
+    assert [one.deleted for one in read] == [("theirs",)]
+    assert [one.deleted[0] for one in mine.read().updates] == [*(f"mine-{i}" for i in range(10)), "theirs", "last"]
 
 
 def test_a_full_disk_keeps_what_was_acknowledged(tmp_path: Path) -> None:
@@ -388,7 +435,7 @@ def test_a_full_disk_keeps_what_was_acknowledged(tmp_path: Path) -> None:
         vector = np.ones((1, 8), dtype=np.float32)
         searcher.upsert(["kept"], vector)
         log = UpdateLog.of(store, searcher.version)
-        size = log.size
+        size = log.state[1]
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         for room in (0, 5, 40):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + room, hard))
@@ -398,7 +445,7 @@ def test_a_full_disk_keeps_what_was_acknowledged(tmp_path: Path) -> None:
             except ArtifactError as error:
                 assert "cannot write the update" in str(error), error
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-            assert log.size == size
+            assert log.state[1] == size
         searcher.upsert(["later"], vector)
         assert [one.doc_ids for one in log.read()[0]] == [("kept",), ("later",)]
     """
