@@ -143,7 +143,8 @@ def test_a_document_that_is_not_finite_is_named(bad: float) -> None:
 
 
 SEARCH_A_MILLION = """
-import resource, sys
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from retrieval_kd.exact import exact_search
@@ -153,7 +154,8 @@ queries = np.array(vectors[:: len(vectors) // 32][:32])
 for block in (16384, 50000):
     run = exact_search([f"q{i}" for i in range(32)], queries, corpus, 100, block_rows=block)
     print(run["q3"].doc_ids[0], hash(tuple((r.doc_ids, r.scores.tobytes()) for r in run.values())))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+# Not ru_maxrss: what is spawned inherits the peak of its parent, which may be larger.
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 """
 
 

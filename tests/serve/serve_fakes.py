@@ -105,6 +105,7 @@ class FakeSearcher:
         self.threads = set()
         self.efforts = []
         self.closed = 0
+        self.lent = 0
         self.broken = None
         self.gate = threading.Event()
         self.gate.set()
@@ -171,8 +172,10 @@ class FakeSearcher:
             raise self.broken
 
     def close(self) -> None:
-        """Count."""
-        self.closed += 1
+        """Count, once whoever else opened the same version has let go as well."""
+        self.lent -= 1
+        if self.lent <= 0:
+            self.closed += 1
 
 
 class FakeSource:
@@ -199,6 +202,7 @@ class FakeSource:
         """Open it anew, as a store would."""
         self.opened.append(version)
         searcher = self.searchers[version]
+        searcher.lent += 1
         searcher.closed = 0
         return searcher
 
