@@ -161,7 +161,8 @@ def train(
                 if at.step in evenly(total, schedule.checkpoints):
                     save_checkpoint(folder / LAST, run.trained, run.optimizer, asdict(at), run.states)
             advance(1)
-        at, summary = machine.agree((at, log.summary() if log is not None else {}))
+        at = Progress(**machine.agree(asdict(at)))
+        summary = machine.agree(log.summary() if log is not None else {})
     if at.best_step:
         load_weights(folder / BEST, run.trained)
     else:

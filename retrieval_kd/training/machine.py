@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -77,12 +78,18 @@ class Machine:
         return total
 
     def agree(self, value: T) -> T:
-        """Return what the first process passes."""
+        """Return what the first process passes: any value that JSON gives back as it was."""
         if self.processes == 1:
             return value
-        values = [value]
-        distributed.broadcast_object_list(values)
-        return values[0]
+        text = json.dumps(value).encode() if self.main else b""
+        length = torch.tensor(len(text), device=self.device)
+        distributed.broadcast(length, src=0)
+        sent = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.main:
+            sent.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        distributed.broadcast(sent, src=0)
+        agreed: T = json.loads(bytes(sent.tolist()))
+        return agreed
 
     def wait(self) -> None:
         """Wait until every process is here."""

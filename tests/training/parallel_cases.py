@@ -18,6 +18,9 @@ from retrieval_kd.training.machine import Machine
 def main(folder: Path) -> None:
     machine = Machine()
     assert machine.processes == 2
+    told = {"é": [0.1 + 0.2, -1.0, None, True], "steps": 24}
+    assert machine.agree(told if machine.main else {}) == told
+    assert machine.agree(machine.main) is True
     found: dict[str, torch.Tensor] = {}
     for label, losses, mode, sizes, cached in cases():
         loss, gradients = one_step(losses, mode, sizes=sizes, gradient_cache=cached)

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 from training_jobs import Job, assert_equal, cases, curve, events, one_step
 
 from retrieval_kd.artifacts import Artifact
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
+from retrieval_kd.training.machine import Machine
 
 HERE = Path(__file__).parent
 
@@ -76,3 +78,16 @@ def test_a_recipe_trains_under_torchrun(together: Path) -> None:
     assert TorchEncoder.open(stage).card.role == "symmetric"
     assert Artifact.load(stage, "train").summary["steps"] == 24
     assert len(list(together.glob("artifacts/*/manifest.json"))) == len(list(together.glob("artifacts/*")))
+
+
+def test_processes_tell_one_another_no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it whoever reaches the port of the process group could have every process run code."""
+    told = {"best": 0.1 + 0.2, "warnings": ["é"], "steps": 24, "none": None}
+    first, second = Machine(), Machine()
+    first.processes, second.processes, second.index = 2, 2, 1
+    sent: list[torch.Tensor] = []
+    monkeypatch.setattr(distributed, "broadcast", lambda tensor, src: sent.append(tensor.clone()))
+    assert first.agree(told) == told
+    assert json.loads(bytes(sent[-1].tolist())) == told
+    monkeypatch.setattr(distributed, "broadcast", lambda tensor, src: tensor.copy_(sent.pop(0)))
+    assert second.agree({}) == told
