@@ -231,12 +231,12 @@ def build(folder: Path, spec: Spec, work: Callable[[Path], Mapping[str, Any]]) -
             stage of ours wrote (they are left alone).
     """
     # Processes that run the same recipe open what is finished side by side; only building excludes.
-    finished = _finished(folder, spec)
+    finished = opened(folder, spec)
     if finished is not None:
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
-        finished = _finished(folder, spec)
+        finished = opened(folder, spec)
         if finished is not None:
             return finished
         _prepare(folder, spec)
@@ -279,7 +279,8 @@ def producers() -> dict[str, str]:
     return versions
 
 
-def _finished(folder: Path, spec: Spec) -> Artifact | None:
+def opened(folder: Path, spec: Spec) -> Artifact | None:
+    """Return the artifact at ``folder`` if it is whole and of this spec; otherwise None, and :func:`build` makes it."""
     if not (folder / MANIFEST).is_file():
         return None
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval_kd import processes
-from retrieval_kd.artifacts import MANIFEST, Artifact, Spec, build, fingerprint
+from retrieval_kd.artifacts import Artifact, Spec, build, fingerprint, opened
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import DataError, RecipeError
@@ -174,17 +174,20 @@ class TrainingStage:
         from retrieval_kd.training.machine import Machine
 
         machine = Machine()
-        if not machine.main:
-            machine.wait()
-        folder, spec = self._plan()
-        finished = (folder / MANIFEST).is_file()
-        if not finished:
-            _ = self._parts
+        # The first process alone says whether there is anything to train: one that trained while another did not
+        # would wait for it for ever.
         if machine.main:
-            machine.wait()
+            folder, spec = self._plan()
+            finished = opened(folder, spec) is not None
+            if not finished:
+                _ = self._parts
+            machine.agree(finished)
             build(folder, spec, self._train)
-        elif not finished:
-            self._train(folder)
+        else:
+            finished = machine.agree(False)
+            folder, _ = self._plan()
+            if not finished:
+                self._train(folder)
         machine.wait()
         return folder
 

@@ -33,6 +33,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
         check=False,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -78,6 +79,15 @@ def test_a_recipe_trains_under_torchrun(together: Path) -> None:
     assert TorchEncoder.open(stage).card.role == "symmetric"
     assert Artifact.load(stage, "train").summary["steps"] == 24
     assert len(list(together.glob("artifacts/*/manifest.json"))) == len(list(together.glob("artifacts/*")))
+
+
+@pytest.mark.slow
+def test_a_student_that_lost_a_file_is_trained_again_by_all(together: Path) -> None:
+    """Without it the first process would train anew, the others take the manifest's word, and all wait for ever."""
+    again = json.loads((together / "stdout-again-0.json").read_text())
+    (stage,) = together.glob("artifacts/train-*")
+    assert again["student"] == str(stage)
+    assert (stage / "card.json").is_file()
 
 
 def test_processes_tell_one_another_no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
