@@ -87,14 +87,27 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self, method: str, answer: Stream, decode: Decode
     ) -> Callable[[AsyncIterator[bytes], Context], AsyncIterator[object]]:
         async def guarded(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[object]:
-            async with self._call(method, context, context.time_remaining()):
-                async for response in answer((decode(request) async for request in requests), context):
+            remaining = cast("float | None", context.time_remaining())
+            idle = self._limits.max_stream_idle_ms / 1e3
+            async with self._call(method, context, idle if remaining is None else remaining) as deadline:
+
+                def goes_on() -> None:
+                    if remaining is None and not deadline.expired():
+                        deadline.reschedule(asyncio.get_running_loop().time() + idle)
+
+                async def decoded() -> AsyncIterator[object]:
+                    async for request in requests:
+                        goes_on()
+                        yield decode(request)
+
+                async for response in answer(decoded(), context):
                     yield response
+                    goes_on()
 
         return guarded
 
     @contextlib.asynccontextmanager
-    async def _call(self, method: str, context: Context, seconds: float | None) -> AsyncIterator[None]:
+    async def _call(self, method: str, context: Context, seconds: float | None) -> AsyncIterator[asyncio.Timeout]:
         metadata = tuple(cast("Iterable[tuple[str, str | bytes]]", context.invocation_metadata() or ()))
         request_id = _request_id(metadata)
         began = time.perf_counter()
@@ -109,8 +122,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     # A caller whose time is over gets no work started.
                     if seconds is not None and seconds <= 0:
                         raise TimeoutError
-                    async with asyncio.timeout(seconds):
-                        yield
+                    async with asyncio.timeout(seconds) as deadline:
+                        yield deadline
         except (asyncio.CancelledError, GeneratorExit):
             code = "CANCELLED"
             raise

@@ -29,6 +29,7 @@ class Limits:
         max_write_documents: Documents in one upsert, ids in one delete.
         max_stream_in_flight: Requests of one stream that are worked on at once.
         max_effort: Each number that says how hard an approximate index looks.
+        max_stream_idle_ms: A stream without a deadline ends when for so long no request came and no answer was taken.
     """
 
     max_batch_queries: int = 256
@@ -47,6 +48,7 @@ class Limits:
     max_write_documents: int = 256
     max_stream_in_flight: int = 16
     max_effort: int = 4096
+    max_stream_idle_ms: int = 300_000
 
     def seconds_for(self, remaining: float | None) -> float:
         """Return how many seconds a request may take whose caller waits ``remaining`` more (None: no deadline)."""

@@ -71,6 +71,36 @@ def test_a_stream_is_held_back_and_not_refused(start: Start, encoder: FakeEncode
     assert {answer.WhichOneof("outcome") for answer in got} == {"response"}
 
 
+def test_a_stream_that_falls_silent_gives_its_place_back_and_one_that_goes_on_keeps_it(
+    start: Start, encoder: FakeEncoder
+) -> None:
+    """Without it callers who open streams and say nothing would hold every place, and nobody else be answered."""
+    running = start(encoder, limits=Limits(max_concurrent_requests=2, max_stream_idle_ms=1500))
+    silent_may_end = threading.Event()
+
+    def silent() -> Iterator[pb.StreamSearchRequest]:
+        silent_may_end.wait(60)
+        yield from ()
+
+    def slowly() -> Iterator[pb.StreamSearchRequest]:
+        for tag in range(5):
+            yield pb.StreamSearchRequest(tag=tag, search=pb.SearchRequest(text=f"text {tag}", top_k=1))
+            time.sleep(0.5)
+
+    with grpc.insecure_channel(running.target) as channel:
+        stub = rpc.RetrievalServiceStub(channel)
+        left = stub.StreamSearch(silent())
+        going = stub.StreamSearch(slowly())
+        assert [answer.tag for answer in going] == list(range(5))
+        with pytest.raises(grpc.RpcError) as ended:
+            next(left)
+        silent_may_end.set()
+        assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert details(ended.value, error_details_pb2.ErrorInfo).reason == "DEADLINE_EXCEEDED"
+        running.wait_for("rkd_requests_in_flight", 0)
+        assert len(stub.Search(pb.SearchRequest(text="a", top_k=1)).hits) == 1
+
+
 def test_a_stream_that_is_left_stops_its_work(start: Start, encoder: FakeEncoder) -> None:
     """Without it the queries of callers who left would be encoded to the last."""
     running = start(encoder)

@@ -1640,6 +1640,7 @@ class Limits(_message.Message):
     MAX_WRITE_DOCUMENTS_FIELD_NUMBER: _builtins.int
     MAX_STREAM_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     MAX_EFFORT_FIELD_NUMBER: _builtins.int
+    MAX_STREAM_IDLE_MS_FIELD_NUMBER: _builtins.int
     max_batch_queries: _builtins.int
     """Queries in one BatchSearch, texts in one Embed."""
     max_top_k: _builtins.int
@@ -1672,6 +1673,10 @@ class Limits(_message.Message):
     """Queries of one stream that the server works on at once; more wait in the transport."""
     max_effort: _builtins.int
     """Each number of a SearchEffort."""
+    max_stream_idle_ms: _builtins.int
+    """Longest silence of a stream without a deadline, milliseconds: when no request comes and no answer is
+    taken for so long, it ends with DEADLINE_EXCEEDED.
+    """
     def __init__(
         self,
         *,
@@ -1691,10 +1696,11 @@ class Limits(_message.Message):
         max_write_documents: _builtins.int = ...,
         max_stream_in_flight: _builtins.int = ...,
         max_effort: _builtins.int = ...,
+        max_stream_idle_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_deadline_ms", b"default_deadline_ms", "max_batch_queries", b"max_batch_queries", "max_concurrent_requests", b"max_concurrent_requests", "max_deadline_ms", b"max_deadline_ms", "max_effort", b"max_effort", "max_fields", b"max_fields", "max_filter_terms", b"max_filter_terms", "max_message_bytes", b"max_message_bytes", "max_queued_texts", b"max_queued_texts", "max_queued_tokens", b"max_queued_tokens", "max_rerank_documents", b"max_rerank_documents", "max_set_members", b"max_set_members", "max_stream_in_flight", b"max_stream_in_flight", "max_text_bytes", b"max_text_bytes", "max_top_k", b"max_top_k", "max_write_documents", b"max_write_documents"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_deadline_ms", b"default_deadline_ms", "max_batch_queries", b"max_batch_queries", "max_concurrent_requests", b"max_concurrent_requests", "max_deadline_ms", b"max_deadline_ms", "max_effort", b"max_effort", "max_fields", b"max_fields", "max_filter_terms", b"max_filter_terms", "max_message_bytes", b"max_message_bytes", "max_queued_texts", b"max_queued_texts", "max_queued_tokens", b"max_queued_tokens", "max_rerank_documents", b"max_rerank_documents", "max_set_members", b"max_set_members", "max_stream_idle_ms", b"max_stream_idle_ms", "max_stream_in_flight", b"max_stream_in_flight", "max_text_bytes", b"max_text_bytes", "max_top_k", b"max_top_k", "max_write_documents", b"max_write_documents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
