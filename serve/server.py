@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -68,12 +69,19 @@ def run_server(config: ServeConfig, on_ready: Callable[[int], None] | None = Non
 
 
 async def check(config: ServeConfig) -> dict[str, Any]:
-    """Open everything that serving would open, test it, and return what was found; no port is opened.
+    """Open everything that serving would open, test it, and return what was found; every port is closed again.
 
     Raises:
         RkdError: what would keep the server from serving.
     """
     require_safe_address(config.host, config.tls, config.insecure)
+    for option, host, port in (
+        ("--port", config.host, config.port),
+        ("--admin-port", _LOOPBACK, config.admin_port),
+        ("--metrics-port", config.metrics_host, config.metrics_port),
+    ):
+        if port is not None:
+            _require_free(option, host, port)
     if config.tls is not None:
         server_credentials(config.tls)
     if config.tokens is not None:
@@ -117,7 +125,12 @@ async def serve(
         stack.callback(tracer.close)
         checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
         servers, bound = _open_servers(config, slot, checks, metrics, tracer)
-        await _announce(checks, health_pb2.HealthCheckResponse.NOT_SERVING)
+        names = (
+            "",
+            *SERVICES,
+            *([ADMIN_SERVICE] if config.tokens is not None or config.admin_port is not None else []),
+        )
+        await _announce(checks, names, health_pb2.HealthCheckResponse.NOT_SERVING)
         if config.metrics_port is not None and not config.reuse_port:
             stack.enter_context(serve_metrics(metrics.registry, config.metrics_host, config.metrics_port))
         for server in servers:
@@ -127,7 +140,7 @@ async def serve(
         slot.put(engine)
         watching = asyncio.create_task(watch(engine.index, config.poll_seconds, reload or asyncio.Event()))
         stack.callback(watching.cancel)
-        await _announce(checks, health_pb2.HealthCheckResponse.SERVING)
+        await _announce(checks, names, health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving on %s:%d", config.host, bound)
         if on_ready is not None:
             on_ready(bound)
@@ -183,6 +196,20 @@ def _bind(server: grpc.aio.Server, config: ServeConfig, host: str, port: int) ->
         ) from None
 
 
-async def _announce(checks: Any, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-    for name in ("", *SERVICES, ADMIN_SERVICE):
+def _require_free(option: str, host: str, port: int) -> None:
+    """Refuse a port that another process has; 0 is whatever the system gives."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # One that was closed a moment ago is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+        except OSError as error:
+            raise ServeError(
+                f"{option}: cannot listen on {host}:{port} ({error.strerror}); give another port, or 0 to check beside "
+                "a running server"
+            ) from None
+
+
+async def _announce(checks: Any, names: Sequence[str], status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    for name in names:
         await checks.set(name, status)

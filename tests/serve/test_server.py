@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -20,13 +21,13 @@ from serve_fakes import CARD, DIMENSION, STRANGER, FakeEncoder, FakeSearcher, Fa
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
-from retrieval_kd.errors import EncoderMismatch, ServeError
+from retrieval_kd.errors import ArtifactError, EncoderMismatch, ServeError
 from retrieval_kd.runs import Ranking
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.limits import Limits
-from serve.server import serve
-from serve.service import SERVICES
+from serve.server import check, serve
+from serve.service import ADMIN_SERVICE, SERVICES
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -316,12 +317,38 @@ def test_index_and_server_describe_themselves(channel: grpc.Channel, server: Run
 def test_health_knows_every_service_and_refuses_unknown_ones(channel: grpc.Channel) -> None:
     """Load balancers ask by service name; a name that is always healthy tells them nothing."""
     stub = health_pb2_grpc.HealthStub(channel)
-    for name in ("", *pb.DESCRIPTOR.services_by_name):
-        full = f"dense.retrieval.v1.{name}" if name else ""
+    for full in ("", *SERVICES):
         assert stub.Check(health_pb2.HealthCheckRequest(service=full)).status == SERVING
     with pytest.raises(grpc.RpcError) as unknown:
         stub.Check(health_pb2.HealthCheckRequest(service="nobody"))
     assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_health_knows_the_administration_only_where_it_is_offered(
+    server: Running, start: Start, tmp_path: Path
+) -> None:
+    """Without it a balancer would be told of a healthy service whose every call is UNIMPLEMENTED."""
+    (tmp_path / "tokens").write_text("admin 0123456789abcdef-admin\n")
+    asked = health_pb2.HealthCheckRequest(service=ADMIN_SERVICE)
+    with grpc.insecure_channel(server.target) as channel, pytest.raises(grpc.RpcError) as unknown:
+        health_pb2_grpc.HealthStub(channel).Check(asked)
+    assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+    with grpc.insecure_channel(start(tokens=tmp_path / "tokens").target) as channel:
+        assert health_pb2_grpc.HealthStub(channel).Check(asked).status == SERVING
+
+
+@pytest.mark.parametrize("option", ["port", "admin_port", "metrics_port"])
+def test_a_check_finds_a_taken_port_before_the_start_does(tmp_path: Path, option: str) -> None:
+    """Without it a check passes, and the server then dies of the port in the middle of the rollout."""
+    config = ServeConfig(tmp_path, tmp_path, port=0)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = replace(config, **{option: other.getsockname()[1]})
+        with pytest.raises(ServeError, match=rf"--{option.replace('_', '-')}: cannot listen on 127.0.0.1:\d+ \(Addr"):
+            asyncio.run(check(taken))
+    with pytest.raises(ArtifactError):  # the ports are free now, and the store is the next thing wrong
+        asyncio.run(check(taken))
 
 
 def test_reflection_lists_the_services_and_finds_their_file(channel: grpc.Channel) -> None:
