@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,11 +16,15 @@ from safetensors.torch import load_file
 from torch import distributed
 from training_jobs import Job, assert_equal, cases, curve, events, one_step
 
-from retrieval_kd.artifacts import Artifact
+from retrieval_kd.artifacts import Artifact, Spec, build
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
+from retrieval_kd.recipes.loader import load_recipe
+from retrieval_kd.stages import Workspace
+from retrieval_kd.stages.training import TrainingStage
 from retrieval_kd.training.machine import Machine
 
 HERE = Path(__file__).parent
+SPEC = Spec("train", {})
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +89,49 @@ def test_a_recipe_trains_under_torchrun(together: Path) -> None:
 
 @pytest.mark.slow
 def test_a_student_that_lost_a_file_is_trained_again_by_all(together: Path) -> None:
-    """Without it the first process would train anew, the others take the manifest's word, and all wait for ever."""
+    """Without it a damaged student could be mended by one process alone only."""
     again = json.loads((together / "stdout-again-0.json").read_text())
     (stage,) = together.glob("artifacts/train-*")
     assert again["student"] == str(stage)
     assert (stage / "card.json").is_file()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_process_trains_exactly_when_the_first_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """Without it the others could take a manifest's word while the first trains anew, and all wait for ever."""
+    build(tmp_path, SPEC, lambda folder: {})
+    trained = of_a_process(1, tmp_path, monkeypatch, lambda _: finished).folder
+    assert trained == tmp_path
+    assert (tmp_path / "trained").exists() == (not finished)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_first_process_tells_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    """Without it a student that lost a file would be told as finished, and then trained by the first alone."""
+    build(tmp_path, SPEC, lambda folder: {"bytes": (folder / "weights").write_bytes(b"1")})
+    if not whole:
+        (tmp_path / "weights").unlink()
+    told: list[object] = []
+    _ = of_a_process(0, tmp_path, monkeypatch, told.append).folder
+    assert told == [whole]
+    assert (tmp_path / "trained").exists() == (not whole)
+
+
+def of_a_process(
+    index: int, folder: Path, monkeypatch: pytest.MonkeyPatch, agree: Callable[[object], object]
+) -> TrainingStage:
+    """Return a stage that process ``index`` of two trains into ``folder``, which only leaves a file there."""
+    machine = SimpleNamespace(main=index == 0, agree=agree, wait=lambda: None)
+    monkeypatch.setattr("retrieval_kd.training.machine.Machine", lambda: machine)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(index))
+    monkeypatch.setattr(TrainingStage, "_plan", lambda self: (folder, SPEC))
+    monkeypatch.setattr(TrainingStage, "_parts", None)
+    monkeypatch.setattr(TrainingStage, "_train", lambda self, at: {"bytes": (at / "trained").write_bytes(b"2")})
+    recipe = load_recipe("margin_mse")
+    return TrainingStage(Workspace(recipe, folder / "artifacts"), recipe.training[0], ())
 
 
 def test_processes_tell_one_another_no_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
