@@ -235,7 +235,8 @@ def test_a_batch_larger_than_the_server_takes_is_sent_in_pieces(client: Retrieva
 
 def test_check_opens_everything_and_serves_nothing(tmp_path: Path) -> None:
     """Without it a wrong path or a key that does not fit is found out during the rollout."""
-    verb = [sys.executable, "-m", "retrieval_kd.cli.main", "serve", tmp_path, "--encoder", tmp_path, "--check"]
+    verb = [sys.executable, "-m", "retrieval_kd.cli.main", "serve", tmp_path, "--port", 0, "--check"]
+    verb += ["--encoder", tmp_path]
     done = subprocess.run([*map(str, verb)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
