@@ -51,7 +51,8 @@ class Load:
         cores: Cores the system may use; all that this process has when empty.
         rate: Requests each second in the open loop, for servers; none when 0.
         seconds: How long the open loop runs.
-        server_pid: The server's process, for its processor time and memory; unknown when 0.
+        server_pid: The server's process, whose processor time and memory are summed with those of its workers;
+            unknown when 0.
         seed: Seed of the sample and of the arrivals.
     """
 
@@ -74,8 +75,9 @@ class Cost:
         queries_per_s: The whole split given at once.
         cpu_s_per_1000: Processor seconds for a thousand of those queries, over all threads; None for a
             server whose process is not known.
-        memory_bytes: Resident size when warm; of the server's process for a server.
-        peak_bytes: Largest resident size, loading and building included.
+        memory_bytes: Resident size when warm; of the server's process and its workers for a server, pages that
+            they share counted for each.
+        peak_bytes: Largest resident size, loading and building included; of several processes the sum of each.
         build_s: Seconds to build what is searched, from texts (BM25) or vectors (an encoder's flat index).
         documents_per_s: Documents encoded each second, measured on a sample.
         open_loop: Behaviour under offered load.
@@ -312,20 +314,38 @@ def _in_own_process(
         raise DataError(f"bench of {spec}: {said[-1].removeprefix('error: ')}")
 
 
+def _family(pid: int) -> list[int]:
+    """Return a process and all that descend from it: the one that starts a server's workers encodes nothing itself."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(_stat_fields(int(folder.name))[1]), []).append(int(folder.name))
+    family = [pid]
+    for member in family:
+        family += children.get(member, [])
+    return family
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """Return the fields of ``/proc/PID/stat`` after the command's name, which may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+
+
 def _cpu_seconds(pid: int) -> float | None:
     if pid == os.getpid():
         return time.process_time()
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+    ticks = []
+    for member in _family(pid):
+        with contextlib.suppress(OSError):
+            fields = _stat_fields(member)
+            ticks.append(int(fields[11]) + int(fields[12]))
+    return sum(ticks) / _TICKS if ticks else None
 
 
 def _status_bytes(pid: int, key: str) -> int | None:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return 1024 * int(found[0]) if found else None
+    found = []
+    for member in [pid] if pid == os.getpid() else _family(pid):
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{member}/status").read_text(encoding="utf-8").splitlines()
+            found += [1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")]
+    return sum(found) if found else None

@@ -305,7 +305,7 @@ def bench(
     core: Annotated[list[int] | None, typer.Option("--core", min=0, help="Pin to this core; may be repeated.")] = None,
     rate: Annotated[float, typer.Option(min=0, help="Servers: requests that arrive each second; 0 for none.")] = 0.0,
     seconds: Annotated[float, typer.Option(min=0.1, help="Servers: how long they arrive.")] = 10.0,
-    server_pid: Annotated[int, typer.Option(min=0, help="The server's process, for its CPU time and memory.")] = 0,
+    server_pid: Annotated[int, typer.Option(min=0, help="The server's process; its workers count too.")] = 0,
     distractors: Distractors = None,
     artifacts: Cache = ARTIFACTS,
     out: Out = None,

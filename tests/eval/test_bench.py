@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from eval.bench import Load, bench
+from eval.bench import Load, _cpu_seconds, _status_bytes, bench
 from eval.open_loop import open_loop
 from eval.specs import SystemSpec
 from eval.tables import format_costs
@@ -45,6 +47,30 @@ def test_refused_requests_are_counted_and_not_timed() -> None:
     for rate, seconds in ((0, 1), (1, 0), (1e-9, 1)):
         with pytest.raises(DataError, match="open loop"):
             open_loop(refuse, [1], rate=rate, seconds=seconds, seed=0)
+
+
+def test_a_servers_cost_is_that_of_its_workers_too() -> None:
+    """Without it the supervisor of several workers, which encodes nothing, would make serving look free."""
+    worker = "import sys; used = bytearray(64 * 2**20); print(flush=True); sys.stdin.read()"
+    busy = f"import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n{worker}"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {busy!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdout.readline()
+        cpu, memory, peak = (
+            _cpu_seconds(server.pid),
+            _status_bytes(server.pid, "VmRSS"),
+            _status_bytes(server.pid, "VmHWM"),
+        )
+        server.stdin.close()
+    assert cpu is not None
+    assert cpu >= 0.25
+    assert memory is not None
+    assert peak is not None
+    assert 64 * 2**20 < memory <= peak
+    assert _cpu_seconds(server.pid) is None
+    assert _status_bytes(server.pid, "VmRSS") is None
 
 
 def test_every_system_has_its_cost_beside_its_quality(tiny: Path, tmp_path: Path) -> None:
