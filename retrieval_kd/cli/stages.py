@@ -42,8 +42,10 @@ def train(
     from retrieval_kd.artifacts import Artifact
 
     def trained(stage: TrainingStage) -> Mapping[str, Any]:
+        # The folder first: of several processes one makes what it needs, and the others find it there.
+        folder = stage.folder
         selected = {} if stage.selected is None else {"selection": stage.selected.summary}
-        return {"student": str(stage.folder), **selected, **Artifact.load(stage.folder).summary}
+        return {"student": str(folder), **selected, **Artifact.load(folder).summary}
 
     _emit_stages(open_workspace(recipe, overrides, artifacts), trained, as_json)
 
