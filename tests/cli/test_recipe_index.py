@@ -11,9 +11,10 @@ from tiny import tiny_collection_folder
 
 from index.manifest import IndexManifest
 from retrieval_kd.cli import pipeline
+from retrieval_kd.collections.base import dev_queries
 from retrieval_kd.collections.beir import BeirCollection
 from retrieval_kd.encoders.card import EncoderCard
-from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus
+from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
 from retrieval_kd.recipes.schema import IndexSpec
 
 
@@ -40,6 +41,8 @@ def test_a_recipes_index_is_tuned_to_dev(kind: str, tuned: bool, tmp_path: Path)
         collection=collection,
         root=tmp_path / "artifacts",
         documents_for=lambda _: corpus,
+        dev=dev_queries(collection),
+        encoded_queries=lambda queries, encoder: encode_texts(encoder, queries, "query", tmp_path / "queries"),
     )
     content = IndexManifest.load(pipeline._version(workspace, encoder)).content
     assert content.requested.kind == kind
