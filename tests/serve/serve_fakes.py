@@ -202,8 +202,9 @@ class FakeSource:
         """Open it anew, as a store would."""
         self.opened.append(version)
         searcher = self.searchers[version]
-        searcher.lent += 1
-        searcher.closed = 0
+        if isinstance(searcher, FakeSearcher):
+            searcher.lent += 1
+            searcher.closed = 0
         return searcher
 
     def select(self, version: str) -> None:

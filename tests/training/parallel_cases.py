@@ -38,6 +38,8 @@ def main(folder: Path) -> None:
     arguments = ["train", "margin_mse", *overrides, "--artifacts", str(folder / "artifacts"), "--json"]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     (folder / f"stdout-{machine.index}.json").write_text(done.stdout)
+    # The other process may still be reading what this one takes away.
+    machine.wait()
     if machine.main:
         # A manifest alone does not make a student whole.
         (stage,) = folder.glob("artifacts/train-*")
