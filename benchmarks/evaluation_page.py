@@ -93,6 +93,15 @@ def exact() -> str:
     return table([title, "search s", "with measures s", "peak MB", "nDCG@10"], rows)
 
 
+def whole() -> str:
+    report = stored("whole")
+    rows = [
+        [name, f"{row['seconds']:.0f}", f"{row['cpu_s']:.0f}", f"{row['peak_mb']:,.0f}", f"{row['ndcg']:.4f}"]
+        for name, row in report["systems"].items()
+    ]
+    return f"    {report['command']}\n\n{table(['encoding included', 'seconds', 'CPU s', 'peak MB', 'nDCG@10'], rows)}"
+
+
 def example() -> str:
     summary = stored("example")
     sets = [entry["name"] for entry in summary["sets"]]
@@ -115,6 +124,7 @@ SECTIONS = {
     "cranfield": cranfield,
     "toolkits": toolkits,
     "exact": exact,
+    "whole": whole,
     "example": example,
 }
 

@@ -2,7 +2,8 @@
 
 Writes three artifacts, each resumed where a killed run stopped: ``OUT/encoder`` (the exported encoder),
 ``OUT/documents`` (vectors of every document) and ``OUT/queries`` (vectors of every query of dev and test,
-which nothing was tuned on).
+which nothing was tuned on). Each collection is encoded once, into ``--artifacts``, which ``rkd run`` and ``rkd eval``
+share.
 
     nice python benchmarks/union.py --out /tmp/union --collection data/msmarco --collection data/scifact
 """
@@ -10,12 +11,15 @@ which nothing was tuned on).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from retrieval_kd.artifacts import MANIFEST
+from eval.dense import encoded
+from retrieval_kd.artifacts import MANIFEST, Spec, build
 from retrieval_kd.collections import open_collection
 from retrieval_kd.collections.base import Collection, split_queries
-from retrieval_kd.encoders.corpus import encode_corpus, encode_texts
+from retrieval_kd.encoders.corpus import IDS, VECTORS, EncodedCorpus, encode_texts, write_ids, write_vectors
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.export.onnx_export import Probes, export_encoder
@@ -31,7 +35,8 @@ def main() -> None:
     collections = [open_collection(CollectionSpec(path)) for path in arguments.collection]
     queries = held_out_queries(collections)
     encoder = open_encoder(arguments.model, arguments.out / "encoder", queries, arguments.threads)
-    encode_corpus(encoder, open_collection(CollectionSpec(first, tuple(others))), arguments.out / "documents")
+    corpus = encoded(encoder, open_collection(CollectionSpec(first, tuple(others))), arguments.artifacts)
+    keep(corpus, arguments.out / "documents")
     encode_texts(encoder, queries, "query", arguments.out / "queries")
 
 
@@ -40,8 +45,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--collection", action="append", required=True, help="a collection; give several to join them")
     parser.add_argument("--out", type=Path, required=True, help="where encoder, documents and queries go")
     parser.add_argument("--model", default="all-MiniLM-L6-v2", help="a sentence-transformers model")
+    parser.add_argument("--artifacts", type=Path, default=Path("runs/artifacts"), help="where vectors are kept")
     parser.add_argument("--threads", type=int, help="threads of the encoder; one for each core by default")
     return parser.parse_args()
+
+
+def keep(corpus: EncodedCorpus, folder: Path) -> None:
+    """Write a joined corpus as one encoding, which is what the benchmarks open."""
+    spec = Spec("encode", {}, {"encoder": corpus.card.fingerprint, "texts": corpus.texts_fingerprint})
+
+    def work(target: Path) -> Mapping[str, Any]:
+        write_vectors(target / VECTORS, [corpus.vectors], (len(corpus.ids), corpus.card.dimension))
+        write_ids(target / IDS, corpus.ids)
+        corpus.card.save(target)
+        return {"texts": len(corpus.ids)}
+
+    build(folder, spec, work)
 
 
 def held_out_queries(collections: list[Collection]) -> dict[str, str]:

@@ -37,8 +37,6 @@ def own_overrides(tiny: Path, name: str) -> list[str]:
     """Return what a recipe needs beyond the overrides that all share."""
     made = f"fine_tune: {{start: {tiny / 'tiny-encoder'}, batch_queries: 8}}"
     return {
-        # A stage of one epoch has none to compare it with.
-        "distil": ["stages.1.schedule.epochs=4"],
         # Targets that move by themselves are made to stand, so that a falling loss means learning.
         "taid": ["losses.0.options.start=1.0"],
         "ckd": ["losses.0.options.size=1"],
