@@ -51,15 +51,14 @@ def layer_alignment(
         teacher: float [K, B, L].
         mask: bool [B, L].
         temperature: Divides both sides' scores.
-        layer_temperature: Flattens the weights, a softmax of minus each teacher layer's cross-entropy.
+        layer_temperature: Flattens the weights, a softmax of minus the cross-entropy of each tempered teacher layer.
 
     Source: LEAD (Sun et al. 2022, arXiv 2212.05225), the feature term.
     """
     student, teacher = _check(mask, student, teacher=teacher)
     check_labels(mask)
-    teacher = teacher.detach()
-    target = masked_log_softmax(teacher / temperature, mask)
-    divergences = _divergences(target, masked_log_softmax(student / temperature, mask))
+    teacher = teacher.detach() / temperature
+    divergences = _divergences(masked_log_softmax(teacher, mask), masked_log_softmax(student / temperature, mask))
     return (layer_weights(teacher, mask, layer_temperature) * divergences).sum()
 
 

@@ -129,6 +129,12 @@ VECTORS = EmbeddingInputs(student=_t([1, 0], [0, 1]), teacher=_t([0, 1], [0, 1])
 LINE = EmbeddingInputs(student=_t([0.0], [1.0], [3.0]), teacher=_t([0.0, 0.0], [0.0, 1.0], [0.0, 2.0]))
 CORNER = EmbeddingInputs(student=_t([0, 0], [1, 0], [0, 1]), teacher=_t([0.0], [1.0], [2.0]))
 LAYERS = StackInputs(student=torch.stack([_t(S), _t(T)]), teacher=torch.stack([_t(T), _t(T)]), mask=LIST.mask)
+# At temperature .5 the teacher's second layer is 1/2, 1/4, 1/4 on the positive and on; its first is flat on both sides.
+TEMPERED = StackInputs(
+    student=torch.zeros(2, 1, 3, dtype=torch.float64),
+    teacher=torch.stack([_t([0.0, 0.0, 0.0]), _t([log(2) / 2, 0.0, 0.0])]),
+    mask=LIST.mask,
+)
 HEADS = StackInputs(student=torch.stack([_t(S)] * 3), mask=LIST.mask)
 ONE = {"temperature": 1.0}
 UNIT = {"student_temperature": 1.0, "teacher_temperature": 1.0}
@@ -195,5 +201,12 @@ GOLDEN = [
     # The teacher's first two coincide: only the corner at the third has an angle on both sides, 45 degrees against 0.
     Golden("relational_angle", dataclasses.replace(CORNER, teacher=_t([1.0], [1.0], [2.0])), 0.042893),
     Golden("layer_alignment", LAYERS, 0.183843 / 2),
+    # KL(1/2, 1/4, 1/4 || uniform) = log 3 - 1.5 log 2; the layers' weights are as 1/3 to 1/2.
+    Golden(
+        "layer_alignment",
+        TEMPERED,
+        3 / 5 * (log(3) - 1.5 * log(2)),
+        {"temperature": 0.5, "layer_temperature": 1.0},
+    ),
     Golden("self_distillation", HEADS, 0.185890),
 ]
