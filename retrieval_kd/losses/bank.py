@@ -22,7 +22,7 @@ def contrastive_kd(student: Tensor, teacher: Tensor, bank: Tensor, *, temperatur
     Args:
         student: float [N, d].
         teacher: float [N, d].
-        bank: float [M, d], M may be 0; without it N must be at least 2.
+        bank: float [M, d], M may be 0; then one vector has nothing to be told from and the loss is 0.
         temperature: Divides the cosines.
 
     Source: DistilCSE (Gao et al. 2021, arXiv 2112.05638), contrastive knowledge distillation.
@@ -32,7 +32,6 @@ def contrastive_kd(student: Tensor, teacher: Tensor, bank: Tensor, *, temperatur
     if len(bank):
         require(bank.dim() == 2 and bank.shape[1] == teacher.shape[1], f"bank {list(bank.shape)} has another width")
         keys = torch.cat([teacher, finite("bank", bank).detach().to(teacher)])
-    require(len(keys) >= 2, "fewer than two candidates: one text and an empty bank leave nothing to tell apart")
     cosines = F.normalize(student, dim=-1) @ F.normalize(keys, dim=-1).T
     return F.cross_entropy(cosines / temperature, torch.arange(len(student), device=student.device))
 

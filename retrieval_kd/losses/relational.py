@@ -6,14 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrieval_kd.losses.checks import check_vectors, require, validated
+from retrieval_kd.losses.checks import check_vectors, validated
 from retrieval_kd.losses.masked import masked_mean
-
-
-def _check(student: Tensor, teacher: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    student, teacher = check_vectors(student, teacher, same_width=False)
-    require(len(student) >= least, f"{len(student)} vectors have no relations to learn; {least} are needed")
-    return student, teacher
 
 
 def _relative_distances(vectors: Tensor) -> Tensor:
@@ -26,15 +20,16 @@ def _relative_distances(vectors: Tensor) -> Tensor:
 def relational_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Smooth L1 between both sides' pairwise distances, each over its own mean; mean over pairs of different rows.
 
-    0 whenever the student is a rotation, shift and scaling of the teacher.
+    0 whenever the student is a rotation, shift and scaling of the teacher, and for one vector, as an epoch's last batch
+    may have.
 
     Args:
-        student: float [N, d'], N at least 2.
+        student: float [N, d'].
         teacher: float [N, d].
 
     Source: Relational knowledge distillation (Park et al. 2019, arXiv 1904.05068); its weight there is 25.
     """
-    student, teacher = _check(student, teacher, 2)
+    student, teacher = check_vectors(student, teacher, same_width=False)
     gaps = F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher), reduction="none")
     return masked_mean(gaps, ~torch.eye(len(student), dtype=torch.bool, device=student.device))
 
@@ -53,15 +48,16 @@ def _angles(vectors: Tensor) -> tuple[Tensor, Tensor]:
 def relational_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """Smooth L1 between both sides' cosines of the angles in every triangle; mean over triangles' corners.
 
-    Triangles with coinciding corners have no angle and are left out. Memory grows with N^3.
+    Triangles with coinciding corners have no angle and are left out; without any, as with two vectors, the loss is 0.
+    Memory grows with N^3.
 
     Args:
-        student: float [N, d'], N at least 3.
+        student: float [N, d'].
         teacher: float [N, d].
 
     Source: Relational knowledge distillation (Park et al. 2019, arXiv 1904.05068); its weight there is 50.
     """
-    student, teacher = _check(student, teacher, 3)
+    student, teacher = check_vectors(student, teacher, same_width=False)
     ours, our_rays = _angles(student)
     theirs, their_rays = _angles(teacher)
     distinct = ~torch.eye(len(student), dtype=torch.bool, device=student.device).unsqueeze(0)

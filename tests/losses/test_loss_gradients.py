@@ -183,6 +183,18 @@ def test_the_teacher_gets_no_gradient(name: str) -> None:
     assert teacher.grad is None
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("contrastive_kd", 1), ("relational_distance", 1), ("relational_angle", 1), ("relational_angle", 2)],
+)
+def test_too_few_vectors_to_compare_cost_nothing(name: str, count: int) -> None:
+    """An epoch's last batch may have one or two texts: the run would die there, or go on with NaN."""
+    full = random_inputs("embeddings")
+    few = dataclasses.replace(full, student=full.student[:count], teacher=full.teacher[:count], bank=full.bank[:0])
+    assert value(name, few).item() == 0.0
+    assert gradient(name, few).tolist() == [[0.0] * 3] * count
+
+
 def test_a_batch_left_without_negatives_still_backpropagates() -> None:
     """When every negative looks like a false one the step must be 0, not a crash hours in."""
     inputs = random_inputs("in_batch")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 import torch
 from tiny import tiny_encoder
 from torch import nn
-from training_jobs import curve, events, every_loss, job, stopping_after
+from training_jobs import SCHEDULE, curve, events, every_loss, job, stopping_after
 
 from retrieval_kd.errors import ArtifactError, DataError
 from retrieval_kd.losses.registry import LOSSES
+from retrieval_kd.recipes.schema import LossSpec
 from retrieval_kd.training.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from retrieval_kd.training.loop import BEST, LAST
 from retrieval_kd.training.terms import Terms
@@ -72,7 +74,7 @@ def test_a_kill_costs_neither_weights_nor_what_losses_remember(tmp_path: Path) -
         import os, signal, sys
         from pathlib import Path
         sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
-        from training_jobs import curve, every_loss, events, job, stopping_after
+        from training_jobs import SCHEDULE, curve, every_loss, events, job, stopping_after
         with stopping_after(5, lambda: os.kill(os.getpid(), signal.SIGKILL)):
             every_loss(Path(sys.argv[1]), "symmetric")
         """
@@ -97,6 +99,14 @@ def test_every_loss_of_the_registry_trains(tmp_path: Path, mode: str) -> None:
     # The copy is as the student was: dropout alone sets them apart at the first step.
     forgetting = [row["losses"]["learning_without_forgetting"] for row in rows]
     assert max(forgetting) > 0
+
+
+def test_a_last_batch_too_short_to_compare_trains(tmp_path: Path) -> None:
+    """Without it a run over 23 + 1 lists would die at the end of its first epoch."""
+    names = ["relational_distance", "relational_angle", "contrastive_kd"]
+    losses = [LossSpec(name, options={"size": 0} if name == "contrastive_kd" else {}) for name in names]
+    job(tmp_path, losses=losses, schedule=replace(SCHEDULE, batch_queries=23, epochs=1))
+    assert [row["loss"] > 0 for row in events(tmp_path)] == [True, False]
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
