@@ -183,6 +183,23 @@ def check_labels(mask: Tensor) -> None:
     require(bool(mask[:, 0].all()), "column 0 holds the positive, but a row's mask is False there")
 
 
+def own_negatives(mask: Tensor, positives: Tensor) -> Tensor:
+    """Return bool [B, L]: each list's positive in column 0 and its negatives, without its other positives.
+
+    Args:
+        mask: bool [B, L].
+        positives: bool [B, L], judged relevant; column 0 is taken for it whatever stands there.
+
+    Raises:
+        DataError: Column 0 is padding, or positives do not fit.
+    """
+    check_labels(mask)
+    check_mask("positives", positives, mask.shape)
+    others = positives.clone()
+    others[:, 0] = False
+    return mask & ~others
+
+
 def check_positives(positives: Tensor, mask: Tensor) -> None:
     """Refuse in-batch labels without a positive, without a negative, or on documents that are not allowed."""
     check_mask("positives", positives, mask.shape)

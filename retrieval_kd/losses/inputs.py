@@ -20,6 +20,7 @@ class ScoreInputs:
         mask: bool [B, L], True on real candidates.
         teacher: float [B, L].
         previous: float [B, L], scores of a frozen copy of the student as the stage began.
+        positives: bool [B, L], the candidates judged relevant.
         blend: float [], how far the target has moved from the student (0) to the teacher (1).
     """
 
@@ -27,6 +28,7 @@ class ScoreInputs:
     mask: Tensor
     teacher: Tensor | None = None
     previous: Tensor | None = None
+    positives: Tensor | None = None
     blend: Tensor | None = None
 
 
@@ -94,11 +96,13 @@ class StackInputs:
         student: float [K, B, L], one list for each of the student's layers or heads.
         mask: bool [B, L], True on real candidates; column 0 is the positive.
         teacher: float [K, B, L], of the teacher's layers matched with the student's.
+        positives: bool [B, L], the candidates judged relevant.
     """
 
     student: Tensor
     mask: Tensor
     teacher: Tensor | None = None
+    positives: Tensor | None = None
 
 
 Inputs = ScoreInputs | PairInputs | InBatchInputs | EmbeddingInputs | StackInputs

@@ -13,6 +13,7 @@ def joint_listwise(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor,
+    positives: Tensor,
     *,
     direction: Direction = "teacher_student",
     reduction: Reduction = "batchmean",
@@ -28,6 +29,7 @@ def joint_listwise(
         student: float [B, L], the retriever.
         teacher: float [B, L], the reranker, with gradient.
         mask: bool [B, L].
+        positives: bool [B, L], for the cross-entropy, which takes no other positive for a negative.
         direction: As in ``listwise_kl``.
         reduction: As in ``listwise_kl``.
         detach_teacher: Teach the reranker by its labels alone.
@@ -38,4 +40,4 @@ def joint_listwise(
     divergence = listwise_kl(
         scale * student, teacher, mask, direction=direction, reduction=reduction, detach_teacher=detach_teacher
     )
-    return cross_entropy(teacher, mask) + divergence
+    return cross_entropy(teacher, mask, positives) + divergence

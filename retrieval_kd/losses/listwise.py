@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from retrieval_kd.losses.checks import Positive, check_labels, check_lists, validated
+from retrieval_kd.losses.checks import Positive, check_lists, own_negatives, validated
 from retrieval_kd.losses.masked import masked_log_softmax
 
 Direction = Literal["teacher_student", "student_teacher"]
@@ -55,14 +55,16 @@ def listwise_kl(
 
 
 @validated
-def cross_entropy(student: Tensor, mask: Tensor, *, temperature: Positive = 1.0) -> Tensor:
-    """Softmax cross-entropy of the positive (column 0) within its own list; mean over queries.
+def cross_entropy(student: Tensor, mask: Tensor, positives: Tensor, *, temperature: Positive = 1.0) -> Tensor:
+    """Softmax cross-entropy of the positive (column 0) against its own list's negatives; mean over queries.
+
+    The list's other positives are left out: they are no negatives.
 
     Args:
         student: float [B, L].
         mask: bool [B, L].
+        positives: bool [B, L].
         temperature: Divides the scores.
     """
     (student,) = check_lists(mask, student)
-    check_labels(mask)
-    return -masked_log_softmax(student / temperature, mask)[:, 0].mean()
+    return -masked_log_softmax(student / temperature, own_negatives(mask, positives))[:, 0].mean()

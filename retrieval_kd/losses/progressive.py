@@ -13,6 +13,7 @@ def prod(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor,
+    positives: Tensor,
     *,
     temperature: Positive = 4.0,
     label_weight: Fraction = 0.1,
@@ -25,6 +26,7 @@ def prod(
         student: float [B, L].
         teacher: float [B, L].
         mask: bool [B, L].
+        positives: bool [B, L], for the cross-entropy, which takes no other positive for a negative.
         temperature: T, of both sides; the cross-entropy has none.
         label_weight: Weight of the cross-entropy.
         student_scale: Factor on the student's scores; cosines need one to reach what logits reach.
@@ -33,9 +35,8 @@ def prod(
     Source: PROD (Lin et al. 2023, arXiv 2209.13335).
     """
     student, teacher = student_scale * student, teacher_scale * teacher
-    return label_weight * cross_entropy(student, mask) + (1 - label_weight) * _tempered(
-        student, teacher, mask, temperature
-    )
+    labels = cross_entropy(student, mask, positives)
+    return label_weight * labels + (1 - label_weight) * _tempered(student, teacher, mask, temperature)
 
 
 @validated

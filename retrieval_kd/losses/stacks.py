@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retrieval_kd.losses.checks import NonNegative, Positive, check_labels, check_lists, require, validated
+from retrieval_kd.losses.checks import NonNegative, Positive, check_lists, own_negatives, require, validated
 from retrieval_kd.losses.masked import masked_log_softmax
 
 
@@ -40,6 +40,7 @@ def layer_alignment(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor,
+    positives: Tensor,
     *,
     temperature: Positive = 1.0,
     layer_temperature: Positive = 10.0,
@@ -50,16 +51,16 @@ def layer_alignment(
         student: float [K, B, L], each layer's own scores.
         teacher: float [K, B, L].
         mask: bool [B, L].
+        positives: bool [B, L], for the weights, which take no other positive for a negative.
         temperature: Divides both sides' scores.
         layer_temperature: Flattens the weights, a softmax of minus the cross-entropy of each tempered teacher layer.
 
     Source: LEAD (Sun et al. 2022, arXiv 2212.05225), the feature term.
     """
     student, teacher = _check(mask, student, teacher=teacher)
-    check_labels(mask)
     teacher = teacher.detach() / temperature
     divergences = _divergences(masked_log_softmax(teacher, mask), masked_log_softmax(student / temperature, mask))
-    return (layer_weights(teacher, mask, layer_temperature) * divergences).sum()
+    return (layer_weights(teacher, own_negatives(mask, positives), layer_temperature) * divergences).sum()
 
 
 def _weights(given: tuple[float, ...], stack: Tensor, name: str) -> Tensor:

@@ -65,7 +65,7 @@ class Step:
         return self.queries @ self.documents.T
 
     def lists(self, scores: Tensor) -> Tensor:
-        """Gather ``[..., B, C]`` scores into the lists, ``[..., B, L]``."""
+        """Gather ``[..., B, C]`` values into the lists, ``[..., B, L]``."""
         return scores.gather(-1, self.batch.columns.expand(*scores.shape[:-1], -1))
 
     def cut(self, size: int) -> Step:
@@ -136,6 +136,10 @@ class Step:
         counts = torch.zeros(self.batch.positives.shape, dtype=torch.int64, device=self.batch.columns.device)
         return counts.scatter_add(1, self.batch.columns, self.batch.mask.long()) > 0
 
+    def listed_positives(self) -> Tensor:
+        """Return which candidates of each list are judged relevant, bool ``[B, L]``."""
+        return self.lists(self.batch.positives) & self.batch.mask
+
 
 def _score_inputs(step: Step, teacher: Teacher) -> ScoreInputs:
     in_batch = None if teacher == "scores" else step.in_batch_teacher(teacher)[0]
@@ -144,6 +148,7 @@ def _score_inputs(step: Step, teacher: Teacher) -> ScoreInputs:
         mask=step.batch.mask,
         teacher=step.teacher if in_batch is None else step.lists(in_batch),
         previous=None if step.previous is None else step.lists(step.previous[0] @ step.previous[1].T),
+        positives=step.listed_positives(),
     )
 
 
@@ -195,6 +200,7 @@ def _stack_inputs(step: Step, teacher: Teacher) -> StackInputs:
         student=scores(step.stacks),
         mask=step.batch.mask,
         teacher=None if step.teacher_stacks is None else scores(step.teacher_stacks),
+        positives=step.listed_positives(),
     )
 
 

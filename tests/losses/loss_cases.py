@@ -39,15 +39,18 @@ def random_inputs(kind: str, *, seed: int = 0, ragged: bool = True, dtype: torch
     if ragged:
         mask[0, 4:] = False
         mask[2, 2:] = False
+    first = torch.zeros_like(mask)
+    first[:, 0] = True
     if kind == "scores":
         blend = torch.tensor(0.5, dtype=dtype)
-        return ScoreInputs(student=student(3, 5), mask=mask, teacher=teacher(3, 5), previous=teacher(3, 5), blend=blend)
+        lists = {"mask": mask, "positives": first, "blend": blend}
+        return ScoreInputs(student=student(3, 5), teacher=teacher(3, 5), previous=teacher(3, 5), **lists)
     if kind == "pairs":
         compared = mask.unsqueeze(2) & mask.unsqueeze(1) & (torch.rand(3, 5, 5, generator=g) < 0.6)
         preferences = torch.rand(3, 5, 5, generator=g, dtype=dtype)
         return PairInputs(student=student(3, 5), mask=mask, preferences=preferences, compared=compared)
     if kind == "stacks":
-        return StackInputs(student=student(3, 3, 5), mask=mask, teacher=teacher(3, 3, 5))
+        return StackInputs(student=student(3, 3, 5), mask=mask, teacher=teacher(3, 3, 5), positives=first)
     if kind == "embeddings":
         return EmbeddingInputs(student=student(4, 3), teacher=student(4, 3), bank=student(5, 3))
     positives = torch.zeros(3, 7, dtype=torch.bool)
@@ -93,8 +96,14 @@ def _b(*rows: list[int]) -> Tensor:
 
 S, T = [1.0, 0.5, -0.5], [2.0, 0.0, 1.0]
 LIST = ScoreInputs(
-    student=_t(S), teacher=_t(T), previous=_t(T), blend=torch.tensor(1.0), mask=torch.ones(1, 3, dtype=torch.bool)
+    student=_t(S),
+    teacher=_t(T),
+    previous=_t(T),
+    blend=torch.tensor(1.0),
+    mask=torch.ones(1, 3, dtype=torch.bool),
+    positives=_b([1, 0, 0]),
 )
+TWO_POSITIVES = dataclasses.replace(LIST, positives=_b([1, 1, 0]))
 BATCH = InBatchInputs(
     student=_t(S), teacher=_t(T), positives=_b([1, 0, 0]), scored=_b([1, 1, 1]), mask=torch.ones(1, 3, dtype=torch.bool)
 )
@@ -128,12 +137,15 @@ EYE = torch.eye(4, dtype=torch.float64)
 VECTORS = EmbeddingInputs(student=_t([1, 0], [0, 1]), teacher=_t([0, 1], [0, 1]))
 LINE = EmbeddingInputs(student=_t([0.0], [1.0], [3.0]), teacher=_t([0.0, 0.0], [0.0, 1.0], [0.0, 2.0]))
 CORNER = EmbeddingInputs(student=_t([0, 0], [1, 0], [0, 1]), teacher=_t([0.0], [1.0], [2.0]))
-LAYERS = StackInputs(student=torch.stack([_t(S), _t(T)]), teacher=torch.stack([_t(T), _t(T)]), mask=LIST.mask)
+LAYERS = StackInputs(
+    student=torch.stack([_t(S), _t(T)]), teacher=torch.stack([_t(T), _t(T)]), mask=LIST.mask, positives=LIST.positives
+)
 # At temperature .5 the teacher's second layer is 1/2, 1/4, 1/4 on the positive and on; its first is flat on both sides.
 TEMPERED = StackInputs(
     student=torch.zeros(2, 1, 3, dtype=torch.float64),
     teacher=torch.stack([_t([0.0, 0.0, 0.0]), _t([log(2) / 2, 0.0, 0.0])]),
     mask=LIST.mask,
+    positives=LIST.positives,
 )
 HEADS = StackInputs(student=torch.stack([_t(S)] * 3), mask=LIST.mask)
 ONE = {"temperature": 1.0}
@@ -158,6 +170,7 @@ GOLDEN = [
     Golden("listwise_kl", LIST, 0.319094, _kl_options(4.0)),
     Golden("listwise_kl", LIST, 0.357999, _kl_options(50.0)),
     Golden("cross_entropy", LIST, 0.604131),
+    Golden("cross_entropy", TWO_POSITIVES, 0.201413),  # log(1 + exp(-1.5)), the other positive left out
     Golden("ranknet", LIST, (0.474077 + 0.201413 + 1.313262) / 3),
     Golden("ranknet", LIST, 2 * 0.474077 + 0.201413 + 1.313262, {"weighting": "margin", "reduction": "sum"}),
     Golden("lambdarank", LIST, (0.369070 * 0.474077 + 0.25 * 0.201413 + 0.065465 * 1.313262) / 1.315465),
@@ -172,7 +185,9 @@ GOLDEN = [
         {"low": 0.0, "high": 2.0, "student_temperature": 1.0, "teacher_temperature": 0.5},
     ),
     Golden("joint_listwise", LIST, 0.407606 + 0.183843),
+    Golden("joint_listwise", TWO_POSITIVES, 0.313262 + 0.183843),
     Golden("prod", LIST, 0.1 * 0.604131 + 0.9 * 0.319094),
+    Golden("prod", TWO_POSITIVES, 0.1 * 0.201413 + 0.9 * 0.319094),
     Golden("learning_without_forgetting", LIST, 0.319094),
     Golden("taid", LIST, 0.183843),
     Golden("pair_distill", PAIR, 0.113953),
@@ -206,6 +221,13 @@ GOLDEN = [
         "layer_alignment",
         TEMPERED,
         3 / 5 * (log(3) - 1.5 * log(2)),
+        {"temperature": 0.5, "layer_temperature": 1.0},
+    ),
+    # Without the other positive they are as 1/2 to 2/3.
+    Golden(
+        "layer_alignment",
+        dataclasses.replace(TEMPERED, positives=TWO_POSITIVES.positives),
+        4 / 7 * (log(3) - 1.5 * log(2)),
         {"temperature": 0.5, "layer_temperature": 1.0},
     ),
     Golden("self_distillation", HEADS, 0.185890),

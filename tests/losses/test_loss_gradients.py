@@ -138,7 +138,10 @@ def test_a_batch_of_ragged_lists_is_the_mean_of_its_queries(name: str) -> None:
     alone = []
     for row in range(3):
         length = int(inputs.mask[row].sum())
-        cut = {f: getattr(inputs, f)[row : row + 1, :length] for f in ("student", "teacher", "previous", "mask")}
+        cut = {
+            f: getattr(inputs, f)[row : row + 1, :length]
+            for f in ("student", "teacher", "previous", "mask", "positives")
+        }
         alone.append(value(name, dataclasses.replace(inputs, **cut)).item())
     assert value(name, inputs).item() == pytest.approx(sum(alone) / 3, rel=1e-12)
 

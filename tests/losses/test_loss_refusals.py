@@ -132,7 +132,7 @@ def test_a_positive_that_is_padding(name: str) -> None:
     refused(name, "column 0", mask=mask)
 
 
-@pytest.mark.parametrize("name", [n for n in ALL if "positives" in LOSSES[n].needs])
+@pytest.mark.parametrize("name", [n for n in ALL if "positives" in LOSSES[n].needs and LOSSES[n].kind == "in_batch"])
 def test_labels_that_cannot_be_learnt_in_a_batch(name: str) -> None:
     """No positive is log 0, no negative a constant, a forbidden positive a contradiction."""
     inputs = random_inputs("in_batch")
@@ -145,6 +145,12 @@ def test_labels_that_cannot_be_learnt_in_a_batch(name: str) -> None:
     refused(name, "no negative|not allow", positives=every)
     refused(name, "not allow", positives=forbidden)
     refused(name, "positives .* differ", positives=inputs.positives[:, :1])
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "joint_listwise", "prod", "layer_alignment"])
+def test_positives_of_another_shape(name: str) -> None:
+    """They would broadcast one column's judgement over the list."""
+    refused(name, "positives .* differ in shape", positives=random_inputs("scores").positives[:, :1])
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if "scored" in LOSSES[n].needs])

@@ -55,8 +55,8 @@ def test_inputs_that_a_batch_lacks_are_named() -> None:
     """None inside a loss would be an AttributeError deep in a step."""
     with pytest.raises(DataError, match="margin_mse needs 'teacher'"):
         LOSSES["margin_mse"].arguments(dataclasses.replace(LIST, teacher=None))
-    with pytest.raises(DataError, match="info_nce needs 'positives'"):
-        LOSSES["info_nce"].arguments(LIST)
+    with pytest.raises(DataError, match="tct needs 'scored'"):
+        LOSSES["tct"].arguments(LIST)
 
 
 def test_options_of_a_state_go_to_the_state() -> None:

@@ -90,6 +90,18 @@ def test_in_batch_scores_are_known_where_the_list_is() -> None:
     assert torch.allclose(inputs.documents.diagonal(), torch.ones(3, dtype=torch.float64))
 
 
+def test_lists_know_their_judged_candidates() -> None:
+    """Without it a list's second positive would be a negative, or padding have document 0's judgement."""
+    step = a_step()
+    assert step.listed_positives().tolist() == [[True, False, False], [True, False, False]]
+    two = replace(step.batch, positives=torch.ones_like(step.batch.positives))
+    for kind in ("scores", "stacks"):
+        inputs = replace(step, batch=two).inputs(kind, "scores")  # type: ignore[arg-type]
+        assert isinstance(inputs, ScoreInputs | StackInputs)
+        assert inputs.positives is not None
+        assert torch.equal(inputs.positives, step.batch.mask)
+
+
 def test_the_encoder_as_teacher_knows_every_pair() -> None:
     """Without it TCT-ColBERT's and TAS-B's in-batch terms would learn from the lists alone."""
     step = a_step()
