@@ -510,6 +510,12 @@ class LossSpec:
         """Refuse terms that would push the wrong way."""
         _require(self.weight > 0, f"losses: {self.name} has weight {self.weight}; it must be above 0")
 
+    @property
+    def compares_documents(self) -> bool:
+        """Return whether the term sets documents' similarity to each other against that of query and document."""
+        margin = self.name == "adaptive_margin" and self.options.get("target") != "static"
+        return margin or self.name == "passage_centric"
+
 
 @dataclass(frozen=True)
 class ScheduleSpec:
@@ -848,6 +854,12 @@ class Recipe:
         _require_done("", self.candidates, (), names)
         for i, stage in enumerate(self.stages):
             _require_done(f"stage {stage.name!r}: ", stage.candidates, names[:i], names)
+        if self.student.towers == "separate":
+            twins = [loss.name for stage in self.training for loss in stage.losses if loss.compares_documents]
+            _require(
+                not twins,
+                f"student.towers: {', '.join(twins)} compares documents by the queries' encoder; set it to shared",
+            )
 
     @property
     def training(self) -> tuple[StageSpec, ...]:

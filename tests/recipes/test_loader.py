@@ -128,3 +128,13 @@ def test_unknown_recipes_and_broken_files(tmp_path: Path) -> None:
     broken.write_text("name: x\nabout: y\n")
     with pytest.raises(RecipeError, match="source: missing"):
         load_recipe(str(broken))
+
+
+@pytest.mark.parametrize(("name", "loss"), [("pair", "passage_centric"), ("arm_distributed", "adaptive_margin")])
+def test_documents_are_compared_by_the_queries_own_encoder_alone(name: str, loss: str) -> None:
+    """Without it two encoders that drift apart would set similarities of two spaces against each other."""
+    towers = ["student.mode=symmetric", "student.towers=separate"]
+    with pytest.raises(RecipeError, match=rf"student\.towers: {loss} compares documents .* set it to shared"):
+        load_recipe(name, towers)
+    assert load_recipe("arm_static", towers).student.towers == "separate"
+    assert load_recipe(name, towers[:1]).student.towers == "shared"
