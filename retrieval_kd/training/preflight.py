@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect as signatures
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
 
 from retrieval_kd.errors import DataError
 from retrieval_kd.losses.checks import option_types
 from retrieval_kd.losses.registry import LOSSES
+from retrieval_kd.losses.scaled import percentile_scale
 from retrieval_kd.recipes.schema import LossSpec
 from retrieval_kd.runs import Scores
-from retrieval_kd.scores.inspect import inspect
+from retrieval_kd.scores.inspect import ScoreReport, inspect
 from retrieval_kd.training.batches import TrainingSet
 
 # Lists looked at, evenly spread: enough for any share that matters, whatever the number of queries.
@@ -24,7 +27,8 @@ def teacher_warnings(data: TrainingSet, losses: Sequence[LossSpec]) -> tuple[str
 
     Args:
         data: The lists with their scores.
-        losses: The recipe's terms; those that take the softmax of the teacher's scores say at which temperature.
+        losses: The recipe's terms; those that take the softmax of the teacher's scores say at which temperature,
+            those that clip them where.
 
     Raises:
         DataError: a score is NaN or infinite; names the query and the document.
@@ -40,9 +44,8 @@ def teacher_warnings(data: TrainingSet, losses: Sequence[LossSpec]) -> tuple[str
     if report.equal_lists:
         lines.append(f"teacher: {report.equal_lists} of {report.queries} lists have equal scores and teach nothing")
     for spec in losses:
-        option, temperature = _softmax(spec)
-        if option:
-            lines += _underflow(spec.name, option, temperature, sample)
+        if spec.teacher == "scores" and "teacher" in LOSSES[spec.name].needs:
+            lines += _clipped(spec, sample, report) + _underflow(spec, sample)
     return tuple(lines)
 
 
@@ -57,29 +60,57 @@ def _check_finite(data: TrainingSet) -> None:
             )
 
 
-def _softmax(spec: LossSpec) -> tuple[str, float]:
+def _options(spec: LossSpec) -> dict[str, Any]:
+    """Return all options of a loss: its defaults, and what the recipe sets."""
+    function = LOSSES[spec.name].function
+    parameters = signatures.signature(function).parameters
+    return {**{name: parameters[name].default for name in option_types(function)}, **spec.options}
+
+
+def _as_read(spec: LossSpec, sample: Sequence[Scores]) -> list[Scores]:
+    """Return the scores as the loss has them before it divides them by a temperature."""
+    options = _options(spec)
+    if "low" in options:
+        low, high = float(options["low"]), float(options["high"])
+        return [percentile_scale(torch.from_numpy(scores), low, high).numpy() for scores in sample]
+    return [options.get("teacher_scale", 1.0) * scores for scores in sample]
+
+
+def _clipped(spec: LossSpec, sample: Sequence[Scores], report: ScoreReport) -> list[str]:
+    """Name a loss that clips scores which differ to equal ones."""
+    options = _options(spec)
+    if "low" not in options:
+        return []
+    lost = inspect(_as_read(spec, sample)).equal_lists - report.equal_lists
+    if not lost:
+        return []
+    line = (
+        f"losses: {spec.name} clips the teacher's scores to low {options['low']:g} and high {options['high']:g}, where "
+        f"those of {lost} of {report.queries} lists become equal and teach nothing; set low and high to their 1st and "
+        f"99th percentile, {report.p1:.3g} and {report.p99:.3g}, or teacher.normalise to percentile"
+    )
+    return [line]
+
+
+def _temperature(spec: LossSpec) -> tuple[str, float]:
     """Return the option that divides the teacher's scores in a softmax, and its value; empty where there is none."""
-    info = LOSSES[spec.name]
-    options = option_types(info.function)
-    # A loss that scales scores by percentiles brings them to 0..1 itself.
-    if spec.teacher != "scores" or "teacher" not in info.needs or "low" in options:
-        return "", 1.0
-    option = "teacher_temperature"
-    if option not in options and info.kind == "scores":
-        option = "temperature"
-    if option not in options:
-        return "", 1.0
-    default = signatures.signature(info.function).parameters[option].default
-    return option, float(spec.options.get(option, default))
+    options = _options(spec)
+    for option in ("teacher_temperature", *(("temperature",) if LOSSES[spec.name].kind == "scores" else ())):
+        if option in options:
+            return option, float(options[option])
+    return "", 1.0
 
 
-def _underflow(name: str, option: str, temperature: float, sample: Sequence[Scores]) -> list[str]:
-    report = inspect([scores / temperature for scores in sample])
+def _underflow(spec: LossSpec, sample: Sequence[Scores]) -> list[str]:
+    option, temperature = _temperature(spec)
+    if not option:
+        return []
+    report = inspect([scores / temperature for scores in _as_read(spec, sample)])
     if not report.underflow or report.enough is None:
         return []
     line = (
-        f"losses: at {name}'s {option} {temperature:g}, {report.underflow:.1%} of the teacher's scores underflow the "
-        f"softmax and teach nothing (its lists spread over {report.mean_spread * temperature:.3g} on average); "
+        f"losses: at {spec.name}'s {option} {temperature:g}, {report.underflow:.1%} of the teacher's scores underflow "
+        f"the softmax and teach nothing (its lists spread over {report.mean_spread * temperature:.3g} on average); "
         f"{option} {temperature * report.enough:.2g} would do"
     )
     return [line]

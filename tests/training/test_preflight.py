@@ -62,9 +62,39 @@ def test_the_temperature_named_would_do(spec: LossSpec, option: str) -> None:
 
 def test_losses_without_a_softmax_of_the_teacher_are_not_warned_of() -> None:
     """Without it Margin-MSE on raw logits, its own recipe, would be called broken."""
-    names = ["margin_mse", "ranknet", "info_nce", "scaled_listwise_kl", "pointwise_mse", "partial_plackett_luce"]
+    names = ["margin_mse", "ranknet", "info_nce", "pointwise_mse", "partial_plackett_luce"]
     losses = [*(LossSpec(name) for name in names), LossSpec("tct", teacher="encoder")]
     assert teacher_warnings(data(1000.0), losses) == ()
+
+
+@pytest.mark.parametrize("name", ["scaled_listwise_kl", "denoised_info_nce"])
+def test_scores_that_are_clipped_to_equal_ones_are_named_and_the_advice_helps(name: str) -> None:
+    """Without it logits below 0 would all be clipped to 0: a loss of exactly 0 to the end of the run, or no mask."""
+    raw = data(1000.0)
+    assert raw.teacher is not None
+    logits = replace(raw, teacher=[scores - 20_000 for scores in raw.teacher])
+    (line,) = teacher_warnings(logits, [LossSpec(name)])
+    assert "to low 0 and high 1, where those of 24 of 24 lists become equal" in line
+    bounds = re.search(r"percentile, ([-\d.e+]+) and ([-\d.e+]+), or", line)
+    assert bounds, line
+    assert teacher_warnings(logits, [LossSpec(name, options={"low": float(bounds[1]), "high": float(bounds[2])})]) == ()
+
+
+def test_lists_equal_before_they_are_clipped_are_not_named_twice() -> None:
+    """Without it the advice to move the bounds would be given where the teacher is to blame."""
+    some = data(0.01)
+    assert some.teacher is not None
+    some.teacher[3][:] = 0.5  # type: ignore[index]
+    spec = LossSpec("scaled_listwise_kl", options={"low": -1.0})
+    assert teacher_warnings(some, [spec]) == ("teacher: 1 of 24 lists have equal scores and teach nothing",)
+
+
+def test_a_scale_of_the_teacher_counts_in_its_softmax() -> None:
+    """Without it PROD would be measured at scores that its softmax never sees."""
+    spec = LossSpec("prod", options={"teacher_scale": 1000.0})
+    (line,) = teacher_warnings(data(1.0), [spec])
+    assert "at prod's temperature 4" in line
+    assert teacher_warnings(data(1000.0), [replace(spec, options={"teacher_scale": 0.001})]) == ()
 
 
 def test_a_score_that_is_no_number_stops_the_run_and_is_named() -> None:
