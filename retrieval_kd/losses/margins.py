@@ -43,12 +43,14 @@ def margin_mse(student: Tensor, teacher: Tensor, mask: Tensor, *, scale: Positiv
 def in_batch_margin_mse(
     student: Tensor, teacher: Tensor, scored: Tensor, positives: Tensor, mask: Tensor, *, scale: Positive = 1.0
 ) -> Tensor:
-    """Margin-MSE of each query's first positive over every other document of the batch that the teacher scored.
+    """Margin-MSE of each query's first positive over every other document of the batch, among those the teacher scored.
+
+    A positive without a score, such as a judged document that stands in another query's list only, is left out.
 
     Args:
         student: float [B, C].
         teacher: float [B, C].
-        scored: bool [B, C], where the teacher's score is known; the positives among them.
+        scored: bool [B, C], where the teacher's score is known, of one positive at least.
         positives: bool [B, C].
         mask: bool [B, C].
         scale: Factor on the student's scores.
@@ -58,8 +60,9 @@ def in_batch_margin_mse(
     known = scored_candidates(scored, mask, student)
     student, teacher = check_lists(known, student, teacher=teacher)
     check_positives(positives, mask)
-    require(not bool((positives & ~known).any()), "a positive has no teacher score, so it has no margins to learn")
-    first = positives.int().argmax(1, keepdim=True)
+    measured = positives & known
+    require(bool(measured.any(1).all()), "a row has no positive with a teacher score, so it has no margins to learn")
+    first = measured.int().argmax(1, keepdim=True)
     student_margins = scale * (student.gather(1, first) - student)
     teacher_margins = (teacher.gather(1, first) - teacher).detach()
     return masked_mean((student_margins - teacher_margins) ** 2, known & ~positives)

@@ -164,6 +164,14 @@ GOLDEN = [
     Golden("margin_mse", TWO_MARGINS, 4.625),
     Golden("margin_mse", TWO_MARGINS, 2.0, {"scale": 2.0}),  # margins 2, -1 against 4, -1
     Golden("in_batch_margin_mse", dataclasses.replace(BATCH, student=_t([2, 1, 1.5]), teacher=_t([10, 6, 9])), 4.625),
+    # The first positive has no score: margins of the second, 1 - 3 against 4 - 7, over the one negative.
+    Golden(
+        "in_batch_margin_mse",
+        dataclasses.replace(
+            BATCH, student=_t([2, 1, 3]), teacher=_t([9, 4, 7]), positives=_b([1, 1, 0]), scored=_b([0, 1, 1])
+        ),
+        1.0,
+    ),
     Golden("listwise_kl", LIST, 0.183843),
     Golden("listwise_kl", LIST, 0.239748, {"direction": "student_teacher"}),
     Golden("listwise_kl", LIST, 0.183843 / 3, {"reduction": "mean"}),

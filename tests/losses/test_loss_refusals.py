@@ -228,4 +228,4 @@ def test_errors_are_the_products_own(name: str) -> None:
 def test_a_positive_that_the_teacher_did_not_score() -> None:
     """Its zero-filled score would stand for the teacher's in every margin."""
     inputs = random_inputs("in_batch")
-    refused("in_batch_margin_mse", "positive has no teacher score", scored=~inputs.positives)
+    refused("in_batch_margin_mse", "no positive with a teacher score", scored=~inputs.positives)

@@ -220,3 +220,15 @@ def test_widths_that_do_not_fit_are_named(tmp_path: Path) -> None:
     frozen.data = replace(frozen.data, query_targets=np.zeros((24, 20), np.float32))
     with pytest.raises(RecipeError, match=r"16 wide and the frozen documents' 20; set student\.projection"):
         frozen.run(tmp_path, (LossSpec("listwise_kl"),))
+
+
+def test_a_judged_document_in_another_list_needs_no_score(tmp_path: Path) -> None:
+    """Without it a collection with several positives would end in-batch Margin-MSE in the middle of an epoch."""
+    work = Job()
+    every = {doc_id for item in work.data.lists for doc_id in item.doc_ids}
+    first = work.data.lists[0]
+    elsewhere = min(every - set(first.doc_ids))
+    qrels = {**work.qrels, first.query_id: {**work.qrels[first.query_id], elsewhere: 1}}
+    work.data = replace(work.data, qrels=qrels)
+    work.run(tmp_path, [LossSpec("in_batch_margin_mse")], replace(SCHEDULE, batch_queries=24, epochs=1))
+    assert events(tmp_path)[0]["loss"] > 0
