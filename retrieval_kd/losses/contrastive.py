@@ -60,6 +60,7 @@ def tct(
     scored: Tensor,
     positives: Tensor,
     mask: Tensor,
+    blend: Tensor | None = None,
     *,
     student_temperature: Positive = 1.0,
     teacher_temperature: Positive = 0.25,
@@ -75,6 +76,7 @@ def tct(
         scored: bool [B, C], where the teacher's score is known.
         positives: bool [B, C].
         mask: bool [B, C].
+        blend: float [], moves the target as in ``listwise_kl``.
         student_temperature: Divides the student's scores, in both terms.
         teacher_temperature: Divides the teacher's scores.
         gamma: Weight of InfoNCE.
@@ -85,6 +87,7 @@ def tct(
         student,
         teacher,
         scored_candidates(scored, mask, student),
+        blend,
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,
     )

@@ -62,6 +62,7 @@ class InBatchInputs:
         scored: bool [B, C], where the teacher's score is known; without in-batch scores, the query's own list.
         listed: bool [B, C], the query's own list.
         documents: float [C, C], the similarity of each document to each other, by the encoder of the documents.
+        blend: float [], as in ``ScoreInputs``.
     """
 
     student: Tensor
@@ -71,6 +72,7 @@ class InBatchInputs:
     scored: Tensor | None = None
     listed: Tensor | None = None
     documents: Tensor | None = None
+    blend: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from retrieval_kd.losses.checks import Positive, check_lists, own_negatives, validated
+from retrieval_kd.losses.checks import Positive, check_lists, own_negatives, require, validated
 from retrieval_kd.losses.masked import masked_log_softmax
 
 Direction = Literal["teacher_student", "student_teacher"]
 Reduction = Literal["batchmean", "mean"]
+
+
+def interpolate(student: Tensor, teacher: Tensor, blend: Tensor) -> Tensor:
+    """Return (1 - blend) student + blend teacher, without gradient: TAID's target; blend is one number in 0..1."""
+    require(blend.dim() == 0 and 0 <= float(blend) <= 1, f"blend: {blend.tolist()} is not one number in 0..1")
+    return torch.lerp(student.detach(), teacher.detach().to(student.dtype), blend.to(student))
 
 
 @validated
@@ -18,6 +25,7 @@ def listwise_kl(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor,
+    blend: Tensor | None = None,
     *,
     student_temperature: Positive = 1.0,
     teacher_temperature: Positive = 1.0,
@@ -32,6 +40,7 @@ def listwise_kl(
         student: float [B, L].
         teacher: float [B, L].
         mask: bool [B, L].
+        blend: float [], puts the blend of both sides' tempered scores in the teacher's place; see ``taid``.
         student_temperature: Divides the student's scores.
         teacher_temperature: Divides the teacher's scores.
         direction: ``teacher_student`` is KL(teacher || student), which covers all the teacher likes;
@@ -46,8 +55,9 @@ def listwise_kl(
     """
     student, teacher = check_lists(mask, student, teacher=teacher)
     teacher = teacher.detach() if detach_teacher else teacher
-    ours = masked_log_softmax(student / student_temperature, mask)
-    theirs = masked_log_softmax(teacher / teacher_temperature, mask)
+    student, teacher = student / student_temperature, teacher / teacher_temperature
+    ours = masked_log_softmax(student, mask)
+    theirs = masked_log_softmax(teacher if blend is None else interpolate(student, teacher, blend), mask)
     first, second = (theirs, ours) if direction == "teacher_student" else (ours, theirs)
     divergence = (first.exp() * (first - second)).sum()
     factor = student_temperature * teacher_temperature if square_temperature else 1.0

@@ -14,6 +14,7 @@ def prod(
     teacher: Tensor,
     mask: Tensor,
     positives: Tensor,
+    blend: Tensor | None = None,
     *,
     temperature: Positive = 4.0,
     label_weight: Fraction = 0.1,
@@ -27,6 +28,7 @@ def prod(
         teacher: float [B, L].
         mask: bool [B, L].
         positives: bool [B, L], for the cross-entropy, which takes no other positive for a negative.
+        blend: float [], moves the target as in ``listwise_kl``.
         temperature: T, of both sides; the cross-entropy has none.
         label_weight: Weight of the cross-entropy.
         student_scale: Factor on the student's scores; cosines need one to reach what logits reach.
@@ -36,7 +38,7 @@ def prod(
     """
     student, teacher = student_scale * student, teacher_scale * teacher
     labels = cross_entropy(student, mask, positives)
-    return label_weight * labels + (1 - label_weight) * _tempered(student, teacher, mask, temperature)
+    return label_weight * labels + (1 - label_weight) * _tempered(student, teacher, mask, temperature, blend)
 
 
 @validated
@@ -57,11 +59,12 @@ def learning_without_forgetting(
     return _tempered(scale * student, scale * previous, mask, temperature)
 
 
-def _tempered(student: Tensor, target: Tensor, mask: Tensor, temperature: float) -> Tensor:
+def _tempered(student: Tensor, target: Tensor, mask: Tensor, temperature: float, blend: Tensor | None = None) -> Tensor:
     return listwise_kl(
         student,
         target,
         mask,
+        blend,
         student_temperature=temperature,
         teacher_temperature=temperature,
         square_temperature=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -42,7 +42,7 @@ class LossInfo:
         name: Its name in recipes.
         function: Pure function of the tensors in ``needs`` and keyword-only options, to a scalar.
         kind: Which dataclass of ``retrieval_kd.losses.inputs`` it reads.
-        needs: The fields it takes, in the order of its positional parameters.
+        needs: The fields it takes, in the order of its positional parameters; those with a default only where wanted.
         source: Paper or code it follows.
         state: Makes what the loss remembers between steps; None for most.
         any_width: Whether student and teacher vectors may differ in width; of kind ``embeddings`` only.
@@ -77,7 +77,7 @@ def _info(
     any_width: bool = False,
 ) -> LossInfo:
     parameters = inspect.signature(function).parameters.values()
-    needs = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    needs = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty)
     return LossInfo(function.__name__, function, kind, needs, source, state, any_width)
 
 
@@ -116,6 +116,33 @@ LOSSES: Mapping[str, LossInfo] = {
 }
 
 
+def _moved(info: LossInfo) -> LossInfo:
+    """Return the entry of TAID around a loss that takes a blend after all else."""
+    return replace(info, name="taid", needs=(*info.needs, "blend"), source=LOSSES["taid"].source, state=TaidState)
+
+
+_TAID_OF: Mapping[str, LossInfo] = {
+    "listwise_kl": LOSSES["taid"],
+    **{name: _moved(LOSSES[name]) for name in ("prod", "scaled_listwise_kl", "tct")},
+}
+
+
+def loss_info(name: str, options: Mapping[str, Any]) -> LossInfo:
+    """Return a loss's entry; of ``taid``, that around the loss that ``of`` names.
+
+    Raises:
+        RecipeError: No such loss, or none that ``taid`` can move the target of.
+    """
+    if name not in LOSSES:
+        raise RecipeError(f"losses: no loss {name!r}{did_you_mean(name, LOSSES)}")
+    if name != "taid" or "of" not in options:
+        return LOSSES[name]
+    of = str(options["of"])
+    if of not in _TAID_OF:
+        raise RecipeError(f"losses: taid cannot be of {of!r}; name one of {', '.join(_TAID_OF)}")
+    return _TAID_OF[of]
+
+
 def bind(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
     """Return the named loss with a recipe's options fixed; call it with ``info.arguments(inputs)``.
 
@@ -146,11 +173,9 @@ def _belonging(function: Callable[..., Any], options: Mapping[str, Any]) -> dict
 
 
 def _checked(name: str, options: Mapping[str, Any]) -> LossInfo:
-    if name not in LOSSES:
-        raise RecipeError(f"losses: no loss {name!r}{did_you_mean(name, LOSSES)}")
-    info = LOSSES[name]
+    info = loss_info(name, options)
     takers = [info.function] + ([info.state] if info.state else [])
-    known = {option for taker in takers for option in option_types(taker)}
+    known = {option for taker in takers for option in option_types(taker)} | ({"of"} if name == "taid" else set())
     for option in options:
         if option not in known:
             hint = did_you_mean(option, known) if known else "; it takes none"

@@ -37,6 +37,7 @@ def scaled_listwise_kl(
     student: Tensor,
     teacher: Tensor,
     mask: Tensor,
+    blend: Tensor | None = None,
     *,
     low: Finite = 0.0,
     high: Finite = 1.0,
@@ -49,6 +50,7 @@ def scaled_listwise_kl(
         student: float [B, L], cosines.
         teacher: float [B, L].
         mask: bool [B, L].
+        blend: float [], moves the target as in ``listwise_kl``.
         low: 1st percentile of the teacher's scores.
         high: 99th percentile.
         student_temperature: Divides the student's scores.
@@ -61,6 +63,7 @@ def scaled_listwise_kl(
         student,
         percentile_scale(teacher, low, high),
         mask,
+        blend,
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,
     )

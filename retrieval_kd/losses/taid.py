@@ -10,14 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrieval_kd.losses.checks import Fraction, NonNegative, Positive, check_lists, check_options, require, validated
+from retrieval_kd.losses.checks import Fraction, NonNegative, Positive, check_options, require, validated
 from retrieval_kd.losses.inputs import Inputs
-from retrieval_kd.losses.listwise import listwise_kl
-
-
-def interpolate(student: Tensor, teacher: Tensor, blend: Tensor) -> Tensor:
-    """Return (1 - blend) student + blend teacher, without gradient: the target for any score loss."""
-    return torch.lerp(student.detach(), teacher.detach().to(student.dtype), blend.to(student))
+from retrieval_kd.losses.listwise import Direction, Reduction, listwise_kl
 
 
 @validated
@@ -29,8 +24,14 @@ def taid(
     *,
     student_temperature: Positive = 1.0,
     teacher_temperature: Positive = 1.0,
+    direction: Direction = "teacher_student",
+    reduction: Reduction = "batchmean",
+    square_temperature: bool = False,
 ) -> Tensor:
     """Listwise KL to the blend of both sides' tempered scores: no gradient at 0, plain listwise KL at 1.
+
+    A recipe's option ``of`` names another loss whose target is to move, with that loss's own options: ``prod``,
+    ``scaled_listwise_kl`` or ``tct``. Their terms of the labels stay as they are.
 
     Args:
         student: float [B, L].
@@ -39,13 +40,23 @@ def taid(
         blend: float [], in 0..1; see ``TaidState``.
         student_temperature: Divides the student's scores, before blending.
         teacher_temperature: Divides the teacher's scores, before blending.
+        direction: As in ``listwise_kl``.
+        reduction: As in ``listwise_kl``.
+        square_temperature: As in ``listwise_kl``.
 
     Source: TAID (Shing et al. 2025, arXiv 2501.16937), over lists in place of vocabularies.
     """
-    student, teacher = check_lists(mask, student, teacher=teacher)
-    require(blend.dim() == 0 and 0 <= float(blend) <= 1, f"blend: {blend.tolist()} is not one number in 0..1")
-    student = student / student_temperature
-    return listwise_kl(student, interpolate(student, teacher / teacher_temperature, blend), mask)
+    return listwise_kl(
+        student,
+        teacher,
+        mask,
+        blend,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+        direction=direction,
+        reduction=reduction,
+        square_temperature=square_temperature,
+    )
 
 
 @dataclass(kw_only=True)

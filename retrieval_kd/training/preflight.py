@@ -11,7 +11,7 @@ import torch
 
 from retrieval_kd.errors import DataError
 from retrieval_kd.losses.checks import option_types
-from retrieval_kd.losses.registry import LOSSES
+from retrieval_kd.losses.registry import loss_info
 from retrieval_kd.losses.scaled import percentile_scale
 from retrieval_kd.recipes.schema import LossSpec
 from retrieval_kd.runs import Scores
@@ -44,7 +44,7 @@ def teacher_warnings(data: TrainingSet, losses: Sequence[LossSpec]) -> tuple[str
     if report.equal_lists:
         lines.append(f"teacher: {report.equal_lists} of {report.queries} lists have equal scores and teach nothing")
     for spec in losses:
-        if spec.teacher == "scores" and "teacher" in LOSSES[spec.name].needs:
+        if spec.teacher == "scores" and "teacher" in loss_info(spec.name, spec.options).needs:
             lines += _clipped(spec, sample, report) + _underflow(spec, sample)
     return tuple(lines)
 
@@ -62,7 +62,7 @@ def _check_finite(data: TrainingSet) -> None:
 
 def _options(spec: LossSpec) -> dict[str, Any]:
     """Return all options of a loss: its defaults, and what the recipe sets."""
-    function = LOSSES[spec.name].function
+    function = loss_info(spec.name, spec.options).function
     parameters = signatures.signature(function).parameters
     return {**{name: parameters[name].default for name in option_types(function)}, **spec.options}
 
@@ -95,10 +95,11 @@ def _clipped(spec: LossSpec, sample: Sequence[Scores], report: ScoreReport) -> l
 def _temperature(spec: LossSpec) -> tuple[str, float]:
     """Return the option that divides the teacher's scores in a softmax, and its value; empty where there is none."""
     options = _options(spec)
-    for option in ("teacher_temperature", *(("temperature",) if LOSSES[spec.name].kind == "scores" else ())):
-        if option in options:
-            return option, float(options[option])
-    return "", 1.0
+    names = ["teacher_temperature"]
+    # Beside in-batch scores it divides the student's alone.
+    if loss_info(spec.name, spec.options).kind == "scores":
+        names.append("temperature")
+    return next(((name, float(options[name])) for name in names if name in options), ("", 1.0))
 
 
 def _underflow(spec: LossSpec, sample: Sequence[Scores]) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retrieval_kd.errors import RecipeError
 from retrieval_kd.losses.inputs import EmbeddingInputs, InBatchInputs, Inputs, PairInputs, ScoreInputs, StackInputs
-from retrieval_kd.losses.registry import LOSSES, Kind, LossInfo, bind, bind_state
+from retrieval_kd.losses.registry import Kind, LossInfo, bind, bind_state, loss_info
 from retrieval_kd.losses.state import LossState
 from retrieval_kd.recipes.schema import LossSpec
 from retrieval_kd.training.batches import Batch
@@ -256,7 +256,7 @@ class Terms:
                 label += "'"
             taken.add(label)
             function, state = bind(spec.name, spec.options), bind_state(spec.name, spec.options)
-            self._terms.append(Term(label, spec, LOSSES[spec.name], function, state))
+            self._terms.append(Term(label, spec, loss_info(spec.name, spec.options), function, state))
 
     @property
     def states(self) -> dict[str, LossState]:

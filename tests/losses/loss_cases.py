@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from retrieval_kd.losses.inputs import EmbeddingInputs, InBatchInputs, Inputs, PairInputs, ScoreInputs, StackInputs
-from retrieval_kd.losses.registry import LOSSES, bind
+from retrieval_kd.losses.registry import bind, loss_info
 
 
 def value(name: str, inputs: Inputs, options: dict[str, Any] | None = None) -> Tensor:
-    return bind(name, options or {})(*LOSSES[name].arguments(inputs))
+    return bind(name, options or {})(*loss_info(name, options or {}).arguments(inputs))
 
 
 def gradient(name: str, inputs: Inputs, options: dict[str, Any] | None = None) -> Tensor:
@@ -41,8 +41,8 @@ def random_inputs(kind: str, *, seed: int = 0, ragged: bool = True, dtype: torch
         mask[2, 2:] = False
     first = torch.zeros_like(mask)
     first[:, 0] = True
+    blend = torch.tensor(0.5, dtype=dtype)
     if kind == "scores":
-        blend = torch.tensor(0.5, dtype=dtype)
         lists = {"mask": mask, "positives": first, "blend": blend}
         return ScoreInputs(student=student(3, 5), teacher=teacher(3, 5), previous=teacher(3, 5), **lists)
     if kind == "pairs":
@@ -73,6 +73,7 @@ def random_inputs(kind: str, *, seed: int = 0, ragged: bool = True, dtype: torch
         scored=scored,
         listed=listed,
         documents=(documents + documents.T) / 2,
+        blend=blend,
     )
 
 
@@ -94,6 +95,7 @@ def _b(*rows: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.bool)
 
 
+HALF = torch.tensor(0.5)
 S, T = [1.0, 0.5, -0.5], [2.0, 0.0, 1.0]
 LIST = ScoreInputs(
     student=_t(S),
@@ -198,6 +200,9 @@ GOLDEN = [
     Golden("prod", TWO_POSITIVES, 0.1 * 0.201413 + 0.9 * 0.319094),
     Golden("learning_without_forgetting", LIST, 0.319094),
     Golden("taid", LIST, 0.183843),
+    # The target is the softmax of 1.5, .25, .25: .635724, .182138, .182138.
+    Golden("taid", dataclasses.replace(LIST, blend=HALF), 0.060072),
+    Golden("taid", dataclasses.replace(BATCH, blend=HALF), 0.060072, {"of": "tct", "teacher_temperature": 1.0}),
     Golden("pair_distill", PAIR, 0.113953),
     Golden("info_nce", BATCH, 0.604131, ONE),
     Golden("info_nce", dataclasses.replace(BATCH, positives=_b([1, 1, 0])), (0.201413 + 0.313262) / 2, ONE),

@@ -12,7 +12,7 @@ from loss_cases import gradient, random_inputs, value
 from torch import Tensor
 
 from retrieval_kd.losses.inputs import InBatchInputs, StackInputs
-from retrieval_kd.losses.registry import LOSSES
+from retrieval_kd.losses.registry import LOSSES, loss_info
 
 # (loss, options, fields with gradient). TAID and self-distillation detach a target made of the student, which finite
 # differences cannot see: they are checked where that target stands still.
@@ -37,6 +37,10 @@ CHECKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("prod", {}, ("student",)),
     ("learning_without_forgetting", {}, ("student",)),
     ("taid", {}, ("student",)),
+    ("taid", {"direction": "student_teacher", "square_temperature": True}, ("student",)),
+    ("taid", {"of": "prod"}, ("student",)),
+    ("taid", {"of": "scaled_listwise_kl", "low": -1.0, "high": 2.0}, ("student",)),
+    ("taid", {"of": "tct", "gamma": 0.3}, ("student",)),
     ("pair_distill", {"student_temperature": 0.1}, ("student",)),
     ("info_nce", {}, ("student",)),
     ("denoised_info_nce", {"temperature": 0.1, "low": -2.0, "high": 2.0}, ("student",)),
@@ -60,14 +64,14 @@ CHECKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
-def still(name: str) -> tuple[Any, Callable[[Tensor], Tensor], dict[str, Any]]:
+def still(name: str, options: dict[str, Any]) -> tuple[Any, Callable[[Tensor], Tensor], dict[str, Any]]:
     """Return inputs, a map of their student, and options for which no detached target moves with the student."""
-    inputs = random_inputs(LOSSES[name].kind)
+    inputs = random_inputs(loss_info(name, options).kind)
     if name == "taid":
         return dataclasses.replace(inputs, blend=torch.tensor(1.0)), lambda student: student, {}
     if name == "self_distillation":
-        options = {"ensemble_weights": [1.0, 0.0, 0.0], "head_weights": [1.0, 1.0, 0.1]}
-        return inputs, lambda student: torch.cat([inputs.student[:1], student[1:]]), options
+        held = {"ensemble_weights": [1.0, 0.0, 0.0], "head_weights": [1.0, 1.0, 0.1]}
+        return inputs, lambda student: torch.cat([inputs.student[:1], student[1:]]), held
     return inputs, lambda student: student, {}
 
 
@@ -79,7 +83,7 @@ def test_every_registered_loss_has_its_gradient_checked() -> None:
 @pytest.mark.parametrize(("name", "options", "fields"), CHECKS, ids=lambda x: str(x))
 def test_gradient_equals_finite_differences(name: str, options: dict[str, Any], fields: tuple[str, ...]) -> None:
     """A stray detach or an in-place change would leave the loss right and the training wrong."""
-    inputs, held, extra = still(name)
+    inputs, held, extra = still(name, options)
 
     def loss(*tensors: Tensor) -> Tensor:
         given = dict(zip(fields, tensors, strict=True))
@@ -116,7 +120,7 @@ MASKED = [(name, options) for name, options, _ in CHECKS if LOSSES[name].kind !=
 @pytest.mark.parametrize(("name", "options"), MASKED, ids=lambda x: str(x))
 def test_padding_is_as_good_as_absent(name: str, options: dict[str, Any]) -> None:
     """Padding that leaks makes a query's loss depend on which longer lists share its batch."""
-    inputs = random_inputs(LOSSES[name].kind)
+    inputs = random_inputs(loss_info(name, options).kind)
     wide = padded(inputs, 2)
     assert value(name, wide, options).item() == pytest.approx(value(name, inputs, options).item(), rel=1e-12)
     size = inputs.student.shape[-1]

@@ -14,7 +14,7 @@ from loss_cases import LIST, random_inputs, value
 import retrieval_kd.losses
 from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.losses.bank import MemoryBank
-from retrieval_kd.losses.registry import LOSSES, bind, bind_state
+from retrieval_kd.losses.registry import LOSSES, bind, bind_state, loss_info
 from retrieval_kd.losses.taid import TaidState
 
 
@@ -26,7 +26,9 @@ def test_needs_are_the_functions_parameters_and_fields_of_its_kind(name: str) ->
     fields = {field.name for field in dataclasses.fields(inputs)}
     assert set(info.needs) <= fields
     assert info.needs == tuple(
-        p.name for p in inspect.signature(info.function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+        p.name
+        for p in inspect.signature(info.function).parameters.values()
+        if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty
     )
     assert info.needs[0] == "student"
     assert info.source
@@ -74,6 +76,21 @@ def test_options_of_a_state_go_to_the_state() -> None:
         bind("taid", {"start": 2})
     with pytest.raises(RecipeError, match=r"start: 0\.9 must not be above end: 0\.5"):
         bind_state("taid", {"start": 0.9, "end": 0.5})
+
+
+def test_taid_moves_the_target_of_the_loss_it_is_told() -> None:
+    """Without it a recipe could name a loss that has no target, or options of another loss would pass unread."""
+    info = loss_info("taid", {"of": "tct"})
+    assert (info.name, info.kind, info.needs[-1]) == ("taid", "in_batch", "blend")
+    assert isinstance(bind_state("taid", {"of": "tct", "gamma": 0.5, "start": 0.2}), TaidState)
+    assert loss_info("taid", {"of": "listwise_kl"}) is LOSSES["taid"]
+    assert "blend" not in LOSSES["tct"].needs
+    with pytest.raises(RecipeError, match="taid cannot be of 'ranknet'; name one of listwise_kl, prod"):
+        bind("taid", {"of": "ranknet"})
+    with pytest.raises(RecipeError, match="taid has no option 'gamma'"):
+        bind("taid", {"of": "prod", "gamma": 0.5})
+    with pytest.raises(RecipeError, match="tct has no option 'of'"):
+        bind("tct", {"of": "prod"})
 
 
 def test_losses_import_torch_and_nothing_else_of_ours() -> None:

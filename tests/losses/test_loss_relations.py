@@ -217,6 +217,41 @@ def test_taid_starts_with_no_gradient_and_ends_as_kl() -> None:
     torch.testing.assert_close(gradient("taid", inputs), gradient("listwise_kl", half))
 
 
+AROUND = [
+    ("listwise_kl", {"direction": "student_teacher", "student_temperature": 0.5, "teacher_temperature": 2.0}),
+    ("prod", {"student_scale": 3.0, "teacher_scale": 2.0}),
+    ("scaled_listwise_kl", {"low": -1.0, "high": 2.0, "student_temperature": 0.5}),
+    ("tct", {"student_temperature": 0.5, "gamma": 0.3}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), AROUND)
+def test_taid_around_a_loss_moves_its_target_alone(name: str, options: dict[str, object]) -> None:
+    """At blend 1 it is that loss; at 0 only the labels pull, whatever scale either side's scores have."""
+    inputs, around = random_inputs(LOSSES[name].kind), {"of": name, **options}
+    start, end = (dataclasses.replace(inputs, blend=torch.tensor(blend)) for blend in (0.0, 1.0))
+    assert value("taid", end, around).item() == pytest.approx(value(name, inputs, options).item(), rel=1e-12)
+    torch.testing.assert_close(gradient("taid", end, around), gradient(name, inputs, options))
+    labels = torch.zeros_like(inputs.student)
+    if name == "prod":
+        scaled = dataclasses.replace(inputs, student=3.0 * inputs.student)
+        labels = 0.1 * 3.0 * gradient("cross_entropy", scaled)
+    if name == "tct":
+        labels = 0.3 * gradient("info_nce", inputs, {"temperature": 0.5})
+    torch.testing.assert_close(gradient("taid", start, around), labels, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "options"), AROUND)
+def test_taid_around_a_loss_does_not_see_the_level_of_scores(name: str, options: dict[str, object]) -> None:
+    """The blend adds both sides' levels, which mean nothing."""
+    inputs, around = random_inputs(LOSSES[name].kind), {"of": name, **options}
+    shift = torch.tensor([[3.0], [-2.0], [7.0]])
+    moved = dataclasses.replace(inputs, student=inputs.student + shift)
+    if name != "scaled_listwise_kl":
+        moved = dataclasses.replace(moved, teacher=inputs.teacher - 2 * shift)
+    assert value("taid", moved, around).item() == pytest.approx(value("taid", inputs, around).item(), rel=1e-10)
+
+
 def test_soft_nearest_neighbour_with_one_positive_is_info_nce() -> None:
     """And with several, positives help each other: the released code makes them negatives."""
     inputs = random_inputs("in_batch")

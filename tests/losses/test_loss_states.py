@@ -11,7 +11,8 @@ from loss_cases import random_inputs, value
 from retrieval_kd.errors import DataError
 from retrieval_kd.losses.bank import MemoryBank
 from retrieval_kd.losses.inputs import EmbeddingInputs
-from retrieval_kd.losses.taid import TaidState, interpolate
+from retrieval_kd.losses.listwise import interpolate
+from retrieval_kd.losses.taid import TaidState
 
 SCORES = random_inputs("scores")
 

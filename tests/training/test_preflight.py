@@ -48,6 +48,7 @@ def test_equal_scores_are_named() -> None:
         (LossSpec("tct"), "teacher_temperature"),
         (LossSpec("prod", options={"temperature": 0.05}), "temperature"),
         (LossSpec("taid", options={"teacher_temperature": 0.05}), "teacher_temperature"),
+        (LossSpec("taid", options={"of": "prod", "temperature": 0.05}), "temperature"),
         (LossSpec("plackett_luce", options={"teacher_temperature": 0.05}), "teacher_temperature"),
     ],
 )

@@ -232,3 +232,12 @@ def test_a_judged_document_in_another_list_needs_no_score(tmp_path: Path) -> Non
     work.data = replace(work.data, qrels=qrels)
     work.run(tmp_path, [LossSpec("in_batch_margin_mse")], replace(SCHEDULE, batch_queries=24, epochs=1))
     assert events(tmp_path)[0]["loss"] > 0
+
+
+def test_taid_around_an_in_batch_loss_trains(tmp_path: Path) -> None:
+    """Without it the blend could stay where it starts, or reach only losses over lists."""
+    spec = LossSpec("taid", teacher="encoder", options={"of": "tct", "start": 0.0, "student_temperature": 0.1})
+    Job().run(tmp_path, [spec], SCHEDULE)
+    found = [row["losses"]["taid"] for row in events(tmp_path)]
+    assert found[0] == pytest.approx(0.0, abs=1e-6)
+    assert found[-1] > 1e-3
