@@ -5,7 +5,8 @@ little-endian uint32) and its body: one line of JSON, then the vectors of its up
 of :meth:`UpdateLog.append`, all of it or none.
 
 A writer that dies leaves at most one torn record at the end. Readers stop before it, and the next writer cuts it
-off. Damage before the last record cannot come from that, and is an error.
+off. A whole record where that one should end can only be damage, and is an error: a body says itself how long it is,
+so it is found again even when its length was changed. A last record of which other bits were changed passes for torn.
 
 A build folds the updates of the version that was current into its own: their sum lies in it as ``updates.log``, so
 that a further build from the same corpus does not lose them.
@@ -34,6 +35,7 @@ UPDATES = "updates"
 FOLDED = "updates.log"
 _MAGIC = b"RKDUPD1\n"
 _HEAD = struct.Struct("<II")
+_BODY = b'{"upsert":['
 _LOCK = ".lock"
 
 
@@ -168,7 +170,7 @@ class UpdateLog:
             last, head = start + at, content[at : at + _HEAD.size]
             at += _HEAD.size + len(body)
         if not _is_torn(content, at):
-            raise self._damaged(start + at, "its checksum differs, and records follow it")
+            raise self._damaged(start + at, "its length or checksum was changed: what follows was whole")
         return News(updates, Place(inode, start + at, last, head), anew)
 
     def append(self, update: Update) -> None:
@@ -287,4 +289,26 @@ def _is_torn(content: bytes, at: int) -> bool:
     if len(rest) < _HEAD.size or not any(rest):
         return True
     length, _ = _HEAD.unpack_from(rest)
-    return not any(rest[_HEAD.size + int(length) :])
+    return not any(rest[_HEAD.size + int(length) :]) and not _has_whole_record(rest)
+
+
+def _has_whole_record(content: bytes) -> bool:
+    """Return whether some record is whole by what its body says of its length and its head of its checksum."""
+    at = content.find(_BODY, _HEAD.size)
+    while at >= 0:
+        _, checksum = _HEAD.unpack_from(content, at - _HEAD.size)
+        length = _body_length(content[at:])
+        if length and zlib.crc32(content[at : at + length]) == checksum:
+            return True
+        at = content.find(_BODY, at + 1)
+    return False
+
+
+def _body_length(content: bytes) -> int:
+    """Return how long the body at the start of some bytes is; 0 when its line of JSON is not whole."""
+    line, newline, _ = content.partition(b"\n")
+    try:
+        head = json.loads(line)
+        return len(line) + len(newline) + 4 * len(head["upsert"]) * head["width"]
+    except (ValueError, KeyError, TypeError):
+        return 0
