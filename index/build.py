@@ -128,7 +128,7 @@ def build_index(
         return finished
 
     return IndexStore(store).publish(
-        content.fingerprint, write, functools.partial(changes.handed_on, discard=discard_updates)
+        content.fingerprint, write, functools.partial(changes.hand_on, discard=discard_updates)
     )
 
 
@@ -174,7 +174,7 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
             make_probes(folder, finished, probes).save(folder)
             return finished
 
-        return IndexStore(store).publish(content.fingerprint, write, Changes(store, source.name, [], START).handed_on)
+        return IndexStore(store).publish(content.fingerprint, write, Changes(store, source.name, [], START).hand_on)
     finally:
         lease.release()
 

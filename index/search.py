@@ -371,11 +371,14 @@ class Searcher:
 
     def _change(self, update: Update) -> None:
         store = self._folder.parent.parent
-        with writing(store):
-            current = IndexStore(store).current().name
-            if current != self.version:
-                raise ArtifactError(f"{store}: {current} is current, not {self.version}; open it and update that")
-            self._log.append(update)
+        try:
+            with writing(store):
+                current = IndexStore(store).current().name
+                if current != self.version:
+                    raise ArtifactError(f"{store}: {current} is current, not {self.version}; open it and update that")
+                self._log.append(update)
+        except OSError as error:
+            raise ArtifactError(f"{store}: cannot write updates ({error.strerror or error})") from error
         self._refresh()
 
     def _refresh(self) -> Delta | None:

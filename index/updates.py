@@ -242,14 +242,11 @@ def writing(store: Path) -> Iterator[None]:
     """Wait for, and hold, the right to change any log of a store, or which version its updates go to.
 
     Raises:
-        ArtifactError: the lock cannot be made; the folder may be read-only.
+        OSError: the lock cannot be made; the folder may be read-only.
     """
     folder = store / UPDATES
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ArtifactError(f"{folder}: cannot write updates ({error.strerror or error})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -309,6 +306,6 @@ def _body_length(content: bytes) -> int:
     line, newline, _ = content.partition(b"\n")
     try:
         head = json.loads(line)
-        return len(line) + len(newline) + 4 * len(head["upsert"]) * head["width"]
+        return len(line) + len(newline) + 4 * len(head["upsert"]) * int(head["width"])
     except (ValueError, KeyError, TypeError):
         return 0

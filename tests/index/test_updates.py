@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,83 @@ def test_updates_that_come_while_a_build_runs_are_handed_on(tmp_path: Path, monk
         retuned = retune(tmp_path, corpus(ASKED), 0.5)
         with Searcher.open(retuned) as again:
             assert again.search(ASKED[1:2], 1)[0].doc_ids == ("late",)
+
+
+def during_the_build(monkeypatch: pytest.MonkeyPatch, work: Callable[[], object]) -> None:
+    """Let something happen just before the next version's files are sealed, once."""
+    seal = IndexStore._seal
+
+    def sealing(self: IndexStore, *arguments: Any) -> str:
+        monkeypatch.setattr(IndexStore, "_seal", seal)
+        work()
+        return seal(self, *arguments)
+
+    monkeypatch.setattr(IndexStore, "_seal", sealing)
+
+
+def two_versions(store: Path) -> tuple[Path, Path]:
+    """Return an older version with an update of its own and the current one, which has it folded in."""
+    first = build_index(BASE, IndexSpec(), store)
+    with Searcher.open(store) as searcher:
+        searcher.upsert(["first"], ASKED[:1])
+    return first, build_index(BASE, IndexSpec(), store)
+
+
+def upsert(store: Path, doc_id: str) -> None:
+    with Searcher.open(store) as searcher:
+        searcher.upsert([doc_id], NEWS[:1])
+
+
+def test_updates_to_a_version_that_became_current_during_the_build_are_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the log of the version it began with was read, so what was acknowledged after a rollback was lost."""
+    store = tmp_path
+
+    def rolled_back() -> None:
+        upsert(store, "before")
+        IndexStore(store).rollback()
+        upsert(store, "after")
+
+    two_versions(store)
+    during_the_build(monkeypatch, rolled_back)
+    build_index(BASE, IndexSpec("hnsw"), store)
+    with Searcher.open(store) as searcher:
+        assert searcher.count == len(BASE.ids) + 3
+        assert searcher.fields(["first", "before", "after"], []) == [{}] * 3
+
+
+def test_discarding_does_not_guess_which_updates_came_during_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The corpus has the updates of one version; those of another would be forgotten, or undo the corpus."""
+    first, _ = two_versions(tmp_path)
+    during_the_build(monkeypatch, IndexStore(tmp_path).rollback)
+    hnsw = IndexSpec("hnsw")
+    with pytest.raises(ArtifactError, match=f"{first.name} became current during the build, so which updates"):
+        build_index(BASE, hnsw, tmp_path, discard_updates=True)
+    assert IndexStore(tmp_path).current() == first
+    upsert(tmp_path, "late")
+    built = IndexStore(tmp_path).versions()[-1]
+    assert build_index(BASE, hnsw, tmp_path, discard_updates=True) == built
+    with Searcher.open(tmp_path) as searcher:
+        assert searcher.count == len(BASE.ids)
+
+
+def test_late_updates_that_do_not_fit_the_new_version_stop_its_publishing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version whose log it cannot read would become current, and no server could open it."""
+    searcher, _, _ = opened_with_fields(tmp_path)
+    collection = Documents({doc_id: {"year": f"about {i}"} for i, doc_id in enumerate(BASE.ids)})
+    owned = collection.owned(BASE)
+    during_the_build(monkeypatch, lambda: searcher.upsert(["late"], NEWS[:1], [{"year": 7}]))
+    with pytest.raises(DataError, match="field 'year' holds text, but 7 is none"):
+        build_index(owned, IndexSpec(), tmp_path, collection=collection, fields=["year"])
+    assert IndexStore(tmp_path).current().name == searcher.version
+    build_index(owned, IndexSpec(), tmp_path, collection=collection, fields=["year"])
+    with Searcher.open(tmp_path) as again:
+        assert again.fields(["late"], ["year"]) == [{"year": 7}]
 
 
 def test_damage_of_folded_updates_is_found_and_named(tmp_path: Path) -> None:
