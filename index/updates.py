@@ -29,7 +29,7 @@ import numpy as np
 
 from retrieval_kd.artifacts import fsync_folder
 from retrieval_kd.encoders.base import Vectors
-from retrieval_kd.errors import ArtifactError
+from retrieval_kd.errors import ArtifactError, DataError
 
 UPDATES = "updates"
 FOLDED = "updates.log"
@@ -56,14 +56,21 @@ class Update:
     deleted: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """Return the record's body."""
+        """Return the record's body.
+
+        Raises:
+            DataError: a field holds a number that JSON has not.
+        """
         head = {
             "upsert": list(self.doc_ids),
             "width": int(self.vectors.shape[1]) if self.doc_ids else 0,
             "fields": [dict(fields) for fields in self.fields],
             "delete": list(self.deleted),
         }
-        line = json.dumps(head, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        try:
+            line = json.dumps(head, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        except ValueError:
+            raise DataError("update: a field holds NaN or infinity, which JSON has not; leave it out") from None
         return line + np.ascontiguousarray(self.vectors, dtype="<f4").tobytes()
 
     @classmethod

@@ -95,7 +95,10 @@ def test_updates_are_there_after_reopening_and_in_other_searchers(tmp_path: Path
 
 
 def opened_with_fields(folder: Path, storage: list[str] | None = None) -> tuple[Searcher, EncodedCorpus, Documents]:
-    fields = {doc_id: {"title": f"title of {doc_id}", "year": 2000 + i % 5} for i, doc_id in enumerate(BASE.ids)}
+    fields = {
+        doc_id: {"title": f"title of {doc_id}", "year": 2000 + i % 5, "price": i / 2}
+        for i, doc_id in enumerate(BASE.ids)
+    }
     collection = Documents(fields)
     owned = collection.owned(BASE)
     build_index(owned, IndexSpec(), folder, collection=collection, fields=storage or ["title", "year"])
@@ -132,13 +135,14 @@ def test_fields_and_filters_follow_the_updates(tmp_path: Path) -> None:
         (["a"], NEWS[:1], [{"year": "soon"}], "field 'year' holds int"),
         (["a"], NEWS[:1], [{"yaer": 3}], "no field 'yaer' is stored, did you mean 'year'"),
         (["a"], NEWS[:1], [{"title": "\ud800"}], "not valid Unicode"),
+        (["a"], NEWS[:1], [{"price": float("nan")}], "a field holds NaN or infinity"),
     ],
 )
 def test_unusable_updates_change_nothing(
     tmp_path: Path, ids: list[str], vectors: np.ndarray, fields: list[dict[str, Any]] | None, message: str
 ) -> None:
     """A log with a record that cannot be read again would make every later start fail."""
-    searcher, _, _ = opened_with_fields(tmp_path)
+    searcher, _, _ = opened_with_fields(tmp_path, ["title", "year", "price"])
     with pytest.raises(DataError, match=message):
         searcher.upsert(ids, vectors, fields)
     assert log_of(searcher, tmp_path).state[1] == 0
