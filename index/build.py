@@ -109,7 +109,7 @@ def build_index(
     def write(folder: Path) -> IndexContent:
         asked = None if queries is None else truncated(np.asarray(queries.vectors), shape[1], card.normalize)
         chosen, considered = _chosen(content, merged, asked)
-        index = resolved(chosen, content.count)
+        index = resolved(chosen, content.count, content.dimension)
         write_ids(folder / IDS, merged.ids)
         stored = write_stored(folder, blocks, shape, spec.storage)
         if content.fields:

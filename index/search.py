@@ -85,7 +85,7 @@ class Opened:
             k = min(k, chosen.count)
             if chosen.count <= max(_SCORED_OUTRIGHT, _BUDGET // self.content.dimension):
                 return list(self._scorer.outright(queries, chosen.rows, k))
-        if exact or self._proposer is None:
+        if exact or self._proposer is None or k > self._proposer.most:
             return self._scan(queries, k, chosen)
         scores, rows = self._proposer.propose(queries, k, effort, chosen)
         lacking = rows.min() < 0
