@@ -301,18 +301,18 @@ def _has_whole_record(content: bytes) -> bool:
     at = content.find(_BODY, _HEAD.size)
     while at >= 0:
         _, checksum = _HEAD.unpack_from(content, at - _HEAD.size)
-        length = _body_length(content[at:])
+        length = _body_length(content, at)
         if length and zlib.crc32(content[at : at + length]) == checksum:
             return True
         at = content.find(_BODY, at + 1)
     return False
 
 
-def _body_length(content: bytes) -> int:
-    """Return how long the body at the start of some bytes is; 0 when its line of JSON is not whole."""
-    line, newline, _ = content.partition(b"\n")
+def _body_length(content: bytes, at: int) -> int:
+    """Return how long the body at a place is; 0 when its line of JSON is not whole."""
+    end = content.find(b"\n", at) + 1
     try:
-        head = json.loads(line)
-        return len(line) + len(newline) + 4 * len(head["upsert"]) * int(head["width"])
+        head = json.loads(content[at:end])
+        return end - at + 4 * len(head["upsert"]) * int(head["width"])
     except (ValueError, KeyError, TypeError):
         return 0
