@@ -49,7 +49,7 @@ def build_index(
         corpus: The documents' vectors.
         spec: How they will be searched.
         store: The store's folder, made if absent.
-        query_card: The encoder that will search; checked when given.
+        query_card: The encoder that will search; checked and recorded when given.
         queries: Vectors of queries that nothing was trained on, by that encoder. The search effort is tuned to them,
             ``auto`` chooses by them, and some become the version's probes. Without them documents are its probes,
             which test the version as well but say nothing of its recall.
@@ -86,6 +86,7 @@ def build_index(
     merged = MergedCorpus(corpus, update)
     if not merged.ids:
         raise DataError(f"{store}: the updates delete every document; delete fewer, or discard the updates")
+    asker = query_card if queries is None else queries.card
     shape = (len(merged.ids), spec.dimension or card.dimension)
     encoding, texts = merged.fingerprints()
     content = IndexContent(
@@ -95,7 +96,7 @@ def build_index(
         dimension=shape[1],
         largest_norm=0.0,
         document_encoder=card,
-        query_encoder="" if query_card is None else query_card.fingerprint,
+        query_encoder="" if asker is None else asker.fingerprint,
         encoding_fingerprint=encoding,
         corpus_fingerprint=texts,
         queries_fingerprint="" if queries is None else queries.fingerprint,
@@ -108,7 +109,7 @@ def build_index(
     def write(folder: Path) -> IndexContent:
         asked = None if queries is None else truncated(np.asarray(queries.vectors), shape[1], card.normalize)
         chosen, considered = _chosen(content, merged, asked)
-        index = resolved(chosen, content.count)
+        index = resolved(chosen, content.count, content.dimension)
         write_ids(folder / IDS, merged.ids)
         stored = write_stored(folder, blocks, shape, spec.storage)
         if content.fields:
@@ -128,7 +129,7 @@ def build_index(
         return finished
 
     return IndexStore(store).publish(
-        content.fingerprint, write, functools.partial(changes.handed_on, discard=discard_updates)
+        content.fingerprint, write, functools.partial(changes.hand_on, discard=discard_updates)
     )
 
 
@@ -174,7 +175,7 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
             make_probes(folder, finished, probes).save(folder)
             return finished
 
-        return IndexStore(store).publish(content.fingerprint, write, Changes(store, source.name, [], START).handed_on)
+        return IndexStore(store).publish(content.fingerprint, write, Changes(store, source.name, [], START).hand_on)
     finally:
         lease.release()
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from index.documents import record_batch
 from index.manifest import IndexManifest
 from index.merge import NO_UPDATE
 from index.store import VERSIONS, IndexStore
-from index.updates import FOLDED, START, Place, Update, UpdateLog, summed, writing
+from index.updates import FOLDED, START, Place, Update, UpdateLog, summed
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.errors import ArtifactError, DataError
 
@@ -38,9 +38,8 @@ class Changes:
         Raises:
             ArtifactError: a log is damaged; names it.
         """
-        try:
-            version = IndexStore(store).current()
-        except ArtifactError:
+        version = _current(store)
+        if version is None:
             return cls(store, "", (), START)
         folded = UpdateLog(version / FOLDED).read().updates
         news, read_to, _ = UpdateLog.of(store, version.name).read()
@@ -62,22 +61,44 @@ class Changes:
             )
         return summed(self.updates)
 
-    @contextlib.contextmanager
-    def handed_on(self, version: Path, discard: bool = False) -> Iterator[None]:
-        """Hand the updates that came while the build ran to its version; none can come until the block ends.
+    def hand_on(self, version: Path, discard: bool = False) -> None:
+        """Give the updates that came while the build ran to its version; the caller holds :func:`writing`.
+
+        When another version became current meanwhile, all of its updates are given as well: what it answers with
+        is not forgotten.
 
         Args:
             version: The build's version; it may be one that was there already.
             discard: Forget what that version's own log has.
+
+        Raises:
+            DataError: they are vectors of another encoder, or a field is not of the version's type.
+            ArtifactError: a log is damaged or cannot be written, or it is not known which updates to discard.
         """
-        with writing(self.store):
-            late = self._late() if self.version != version.name or discard else []
-            log = UpdateLog.of(self.store, version.name)
+        parts = [replace(self, updates=self._late())] if self.version != version.name or discard else []
+        current = _current(self.store)
+        if current is not None and current.name not in (self.version, version.name):
             if discard:
-                log.replace(late)
-            elif late:
-                log.append(summed(late))
-            yield
+                raise ArtifactError(
+                    f"{self.store}: {current.name} became current during the build, so which updates to discard is "
+                    f"unknown; build again, which takes {version.name} as it is"
+                )
+            parts.append(Changes.of(self.store))
+        content = IndexManifest.load(version).content
+        updates = [part.since_first(content.document_encoder) for part in parts if part.updates]
+        record_batch([fields for update in updates for fields in update.fields], content.fields)
+        log = UpdateLog.of(self.store, version.name)
+        if discard:
+            log.replace(updates)
+        elif updates:
+            log.append(summed(updates))
 
     def _late(self) -> list[Update]:
         return UpdateLog.of(self.store, self.version).read(self.read_to).updates if self.version else []
+
+
+def _current(store: Path) -> Path | None:
+    try:
+        return IndexStore(store).current()
+    except ArtifactError:
+        return None

@@ -96,6 +96,8 @@ def record_batch(documents: Sequence[Fields], types: Mapping[str, str]) -> pa.Re
         except UnicodeEncodeError:
             # JSON can escape half of a surrogate pair.
             raise DataError(f"field {name!r}: a value is not valid Unicode; mend its \\u escapes") from None
+        except pa.ArrowInvalid as error:
+            raise DataError(f"field {name!r} holds {holds}, and a value does not fit ({error}); mend it") from None
     return pa.record_batch(columns, schema=_schema(types))
 
 
@@ -184,10 +186,10 @@ def storable(fields: Fields, types: Mapping[str, str]) -> dict[str, Any]:
     """Return the fields that an index stores; every document has a title and a text, stored or not.
 
     Raises:
-        DataError: another field that the index does not store; names it.
+        DataError: another field that the index does not store, or a number its field cannot hold; names it.
     """
     require_stored((name for name in fields if name not in ("title", "text")), types)
-    return {name: value for name, value in fields.items() if name in types}
+    return {name: _fitting(value, name, types[name]) for name, value in fields.items() if name in types}
 
 
 def _type_of(value: Any) -> str:
@@ -225,10 +227,27 @@ def _arrow_type(holds: str) -> pa.DataType:
 
 
 def _stored(documents: Sequence[Fields], name: str, holds: str) -> list[Any]:
-    values = [fields.get(name) for fields in documents]
+    values = [_fitting(fields.get(name), name, holds) for fields in documents]
     if holds == "json":
         return [None if value is None else json.dumps(value, ensure_ascii=False) for value in values]
     for value in values:
         if value is not None and _common({_type_of(value), holds}) != holds:
             raise DataError(f"field {name!r} holds {holds}, but {value!r} is none; build the index again")
     return values
+
+
+def _fitting(value: Any, name: str, holds: str) -> Any:
+    """Return a value with its integers as floats where the field holds floats."""
+    if holds == f"{_LIST}float" and isinstance(value, list):
+        return [_fitting(item, name, "float") for item in value]
+    if holds != "float" or not isinstance(value, int) or isinstance(value, bool):
+        return value
+    try:
+        if (number := float(value)) == value:
+            return number
+    except OverflowError:
+        pass
+    digits = str(value) if value.bit_length() <= 64 else f"an integer of {value.bit_length()} bits"
+    raise DataError(
+        f"field {name!r} holds float, and no float is exactly {digits}; store the field as text, or round it"
+    )

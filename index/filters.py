@@ -9,6 +9,7 @@ holds lists matches when one of the list's values does.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,10 @@ from retrieval_kd.errors import DataError, did_you_mean
 Value = bool | int | float | str
 Mask = npt.NDArray[np.bool_]
 _COMPARE = {"gt": pc.greater, "ge": pc.greater_equal, "lt": pc.less, "le": pc.less_equal}
-_LARGEST_INT = 2**63 - 1
+_LEAST_INT, _LARGEST_INT = -(2**63), 2**63 - 1
+# What a comparison becomes when its bound is replaced by the nearest value that is larger, or smaller.
+_ABOVE = {"gt": "ge", "ge": "ge", "lt": "lt", "le": "lt"}
+_BELOW = {"gt": "gt", "ge": "gt", "lt": "le", "le": "le"}
 _DEEPEST = 32
 
 
@@ -195,13 +199,10 @@ def _require_filters(name: str, filters: Sequence[Filter]) -> None:
 def _compared(wanted: Eq | In | Range, column: pa.Array, holds: str) -> Mask:
     in_lists = pa.types.is_list(column.type)
     values = pc.list_flatten(column) if in_lists else column
-    if isinstance(wanted, Range):
-        bounds = {name: _bound(bound, wanted.field, holds) for name, bound in wanted.bounds.items()}
-        found = functools.reduce(pc.and_, (_COMPARE[name](values, bound) for name, bound in bounds.items()))
-    else:
-        wanted_values = (wanted.value,) if isinstance(wanted, Eq) else wanted.values
-        equal = [same for value in wanted_values for same in _same(value, wanted.field, holds)]
-        found = pc.is_in(values, value_set=pa.array(equal, type=values.type))
+    try:
+        found = _bounded(wanted, values, holds) if isinstance(wanted, Range) else _among(wanted, values, holds)
+    except (pa.ArrowInvalid, UnicodeEncodeError) as error:
+        raise DataError(f"filter: field {wanted.field!r} cannot be compared ({error}); give another value") from None
     hit = np.asarray(pc.fill_null(found, False), dtype=bool)
     if not in_lists:
         return hit
@@ -210,19 +211,36 @@ def _compared(wanted: Eq | In | Range, column: pa.Array, holds: str) -> Mask:
     return mask
 
 
-def _bound(value: Value, field: str, holds: str) -> pa.Scalar:
-    _require_type(value, field, holds)
-    return pa.scalar(float(value) if isinstance(value, int) and abs(value) > _LARGEST_INT else value)
+def _bounded(wanted: Range, values: pa.Array, holds: str) -> pa.Array:
+    comparisons = (_exactly(name, bound, wanted.field, holds) for name, bound in wanted.bounds.items())
+    return functools.reduce(
+        pc.and_, (_COMPARE[name](values, pa.scalar(bound, type=values.type)) for name, bound in comparisons)
+    )
 
 
-def _same(value: Value, field: str, holds: str) -> list[Value]:
-    """Return the value as the field's type has it; nothing when that type has no such value."""
+def _among(wanted: Eq | In, values: pa.Array, holds: str) -> pa.Array:
+    given = (wanted.value,) if isinstance(wanted, Eq) else wanted.values
+    held = [near for value in given if (near := _nearest(value, wanted.field, holds)) == value]
+    if holds == "float" and 0.0 in held:
+        # Arrow looks a value up by its bits, and zero has two.
+        held += [0.0, -0.0]
+    return pc.is_in(values, value_set=pa.array(held, type=values.type))
+
+
+def _exactly(name: str, bound: Value, field: str, holds: str) -> tuple[str, Value]:
+    """Return the comparison with a value of the field's type that says the same as one with any number."""
+    near = _nearest(bound, field, holds)
+    if near == bound:
+        return name, near
+    return (_ABOVE if near > bound else _BELOW)[name], near  # type: ignore[operator]
+
+
+def _nearest(value: Value, field: str, holds: str) -> Value:
+    """Return a value of the field's type that has none of that type between itself and the given one."""
     _require_type(value, field, holds)
-    if holds == "float":
-        return [float(value)]
     if holds == "int":
-        return [int(value)] if value == value // 1 and abs(value) <= _LARGEST_INT else []  # type: ignore[operator]
-    return [value]
+        return math.floor(min(max(value, _LEAST_INT), _LARGEST_INT))  # type: ignore[arg-type]
+    return float(value) if holds == "float" else value
 
 
 def _require_type(value: Value, field: str, holds: str) -> None:
@@ -234,3 +252,12 @@ def _require_type(value: Value, field: str, holds: str) -> None:
         else isinstance(value, int | float) and not isinstance(value, bool)
     ):
         raise DataError(f"filter: field {field!r} holds {holds}, so it cannot be compared with {value!r}")
+    if holds in ("int", "float") and not _is_comparable(value):
+        raise DataError(f"filter: field {field!r} is compared with NaN or an integer beyond all floats; give a number")
+
+
+def _is_comparable(number: Any) -> bool:
+    try:
+        return not math.isnan(number)
+    except OverflowError:
+        return False

@@ -9,12 +9,15 @@ of its own; every other kind writes ``ann.faiss``.
   ``fastscan``, or one bit a number (RaBitQ, Gao and Long, arXiv 2405.12497).
 * ``hnsw``, ``hnsw-sq8``: a graph (Malkov and Yashunin, arXiv 1603.09320) walked over the stored vectors or over
   8-bit codes of its own; built by one thread, because a graph built by several differs from run to run (faiss#2548).
-* ``gpu-exact``, ``gpu-ivf-pq``: the stored vectors or lists of codes in the memory of a GPU, where faiss has one.
+* ``gpu-exact``, ``gpu-ivf-pq``: the stored vectors or lists of codes in the memory of a GPU, where faiss has one;
+  one search at a time, and at most 2048 candidates and lists, beyond which all documents are compared.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,10 @@ _POINTS_PER_LIST = 39
 # faiss sums the distances of twenty queries or more by BLAS, in an order that depends on how many they are.
 _QUERIES_AT_ONCE = 16
 _SPARE = 1.2
+# What faiss selects at most on a GPU, and the bytes a code may have there: one lookup table of 256 half floats for each
+# byte must fit the 48 KiB of memory that a block shares.
+_GPU_MOST = 2048
+_GPU_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 
 
 @dataclass(frozen=True)
@@ -75,14 +82,16 @@ class Effort:
         return max(k, self.ef_search) if spec.kind in _HNSW else self.oversample * max(k, 10)
 
 
-def resolved(spec: IndexSpec, count: int) -> IndexSpec:
+def resolved(spec: IndexSpec, count: int, dimension: int) -> IndexSpec:
     """Return the spec with every number that depends on the corpus filled in.
 
     Raises:
-        DataError: too few documents for the kind, or it needs a GPU that is not there.
+        DataError: too few documents for the kind, or it needs a GPU that is not there or cannot hold its codes.
     """
     if spec.kind in _GPU:
         _require_gpu(spec.kind)
+    if spec.kind == "gpu-ivf-pq":
+        _gpu_code(dimension)
     if spec.kind not in ("exact", "gpu-exact", *_HNSW) and count < _CENTROIDS:
         raise DataError(f"index kind {spec.kind} needs {_CENTROIDS} documents, there are {count}; use exact")
     if spec.kind not in _IVF:
@@ -119,6 +128,8 @@ class Proposer:
         self._index = index
         self._vectors = vectors
         self._spec = spec
+        # An index on a GPU has one set of buffers for all that ask it; those of the processor are only read.
+        self._turn = threading.Lock() if spec.kind in _GPU else contextlib.nullcontext()
 
     @classmethod
     def open(cls, folder: Path, vectors: StoredVectors, spec: IndexSpec) -> Proposer | None:
@@ -132,16 +143,21 @@ class Proposer:
             return None
         if spec.kind in _GPU:
             _require_gpu(spec.kind)
-            index = vectors.scan if spec.kind == "gpu-exact" else _mapped(folder / ANN, 0)
-            return cls(faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), vectors, spec)
-        if spec.kind == "hnsw":
+        if spec.kind == "gpu-exact":
+            index = vectors.scan
+        elif spec.kind == "hnsw":
             index = _mapped(folder / ANN, faiss.IO_FLAG_SKIP_STORAGE)
             index.storage, index.own_fields = vectors.scan, False
         else:
             index = _mapped(folder / ANN, 0)
         if (index.ntotal, index.d) != (vectors.count, vectors.dimension):
             raise ArtifactError(f"{folder / ANN}: of another size than the vectors; build the index again")
-        return cls(index, vectors, spec)
+        return cls(_on_gpu(index, spec.kind) if spec.kind in _GPU else index, vectors, spec)
+
+    @property
+    def most(self) -> int:
+        """Return how many documents can be proposed for a query."""
+        return _GPU_MOST if self._spec.kind in _GPU else self._vectors.count
 
     @property
     def scores_are_dots(self) -> bool:
@@ -160,7 +176,7 @@ class Proposer:
 
         Args:
             queries: float32 ``[n, d]``.
-            k: Documents wanted, at most as many as are chosen.
+            k: Documents wanted, at most as many as are chosen and at most :attr:`most`.
             effort: How hard to look; enlarged by the share of documents that are not chosen.
             chosen: The documents that may be proposed, at least one; all when None.
 
@@ -172,12 +188,13 @@ class Proposer:
         width = effort.width(self._spec, k)
         if dropped is not None:
             width = math.ceil(_SPARE * width / share)
-        width = min(width, self._vectors.count)
+        width = min(width, self._vectors.count, self.most)
         parameters = self._parameters(effort, width, share, chosen)
-        found = [
-            self._index.search(queries[start : start + _QUERIES_AT_ONCE], width, params=parameters)
-            for start in range(0, len(queries), _QUERIES_AT_ONCE)
-        ]
+        with self._turn:
+            found = [
+                self._index.search(queries[start : start + _QUERIES_AT_ONCE], width, params=parameters)
+                for start in range(0, len(queries), _QUERIES_AT_ONCE)
+            ]
         scores, rows = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
         if dropped is not None:
             rows[~dropped[rows]] = -1
@@ -189,7 +206,7 @@ class Proposer:
             nodes = min(self._vectors.count, math.ceil(max(width, effort.ef_search) / share))
             return faiss.SearchParametersHNSW(efSearch=nodes, sel=selector)
         if self._spec.kind in _IVF:
-            probes = min(self._spec.lists, math.ceil(effort.probes / share))
+            probes = min(self._spec.lists, self.most, math.ceil(effort.probes / share))
             return faiss.SearchParametersIVF(nprobe=probes, sel=selector if self.filters else None)
         return None
 
@@ -201,15 +218,7 @@ def _empty(spec: IndexSpec, dimension: int) -> Any:
         quantizer = faiss.ScalarQuantizer.QT_8bit
         graph = faiss.IndexHNSWSQ(dimension, quantizer, spec.neighbours, faiss.METRIC_INNER_PRODUCT)
     else:
-        codes = f"PQ{_sub_vectors(dimension, 4)}x4fs"
-        description = {
-            "fastscan": codes,
-            "ivf": f"IVF{spec.lists},Flat",
-            "ivf-pq": f"IVF{spec.lists},{codes}",
-            "ivf-rabitq": f"IVF{spec.lists},RaBitQ",
-            "gpu-ivf-pq": f"IVF{spec.lists},PQ{_sub_vectors(dimension, 8)}",
-        }[spec.kind]
-        index = faiss.index_factory(dimension, description, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.index_factory(dimension, _description(spec, dimension), faiss.METRIC_INNER_PRODUCT)
         # faiss warns on standard error about few training points, which a small corpus cannot help.
         for clustering in (getattr(index, "cp", None), getattr(getattr(index, "pq", None), "cp", None)):
             if clustering is not None:
@@ -219,9 +228,41 @@ def _empty(spec: IndexSpec, dimension: int) -> Any:
     return graph
 
 
-def _sub_vectors(dimension: int, wanted: int) -> int:
-    """Return into how many equal parts of at most ``wanted`` numbers a vector can be cut, as few as possible."""
-    return next(parts for parts in range(-(-dimension // wanted), dimension + 1) if dimension % parts == 0)
+def _description(spec: IndexSpec, dimension: int) -> str:
+    """Return what faiss's factory calls an index."""
+    if spec.kind == "gpu-ivf-pq":
+        # np: without training for polysemous codes, which takes long and which a GPU cannot use.
+        return f"IVF{spec.lists},PQ{_gpu_code(dimension)}np"
+    codes = f"PQ{_sub_vectors(dimension)}x4fs"
+    return {
+        "fastscan": codes,
+        "ivf": f"IVF{spec.lists},Flat",
+        "ivf-pq": f"IVF{spec.lists},{codes}",
+        "ivf-rabitq": f"IVF{spec.lists},RaBitQ",
+    }[spec.kind]
+
+
+def _sub_vectors(dimension: int) -> int:
+    """Return into how many equal parts of at most 4 numbers a vector can be cut, as few as possible."""
+    return next(parts for parts in range(-(-dimension // 4), dimension + 1) if dimension % parts == 0)
+
+
+def _gpu_code(dimension: int) -> int:
+    """Return the least bytes a code needs for one byte for every 8 numbers or fewer."""
+    for parts in _GPU_CODES:
+        if dimension % parts == 0 and dimension <= 8 * parts:
+            return parts
+    raise DataError(
+        f"index kind gpu-ivf-pq: {dimension} numbers do not fall into {_GPU_CODES[-1]} equal parts or fewer, of at "
+        "most 8 numbers, that a GPU has memory for; set index.dimension, or use ivf-pq"
+    )
+
+
+def _on_gpu(index: Any, kind: str) -> Any:
+    options = faiss.GpuClonerOptions()
+    # For lists of codes this makes only the lookup tables half floats; flat vectors would lose half of their bits.
+    options.useFloat16 = kind == "gpu-ivf-pq"
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
 
 
 def _sample(vectors: StoredVectors, wanted: int) -> Vectors:

@@ -31,7 +31,7 @@ class IndexContent:
         dimension: Width of the vectors as stored; at most the encoder's.
         largest_norm: Length of the longest stored vector; bounds the rounding error of any score.
         document_encoder: The encoder of the documents; queries must lie in its space.
-        query_encoder: Fingerprint of the encoder whose queries it was checked with; empty if none was named.
+        query_encoder: Fingerprint of the encoder whose queries it is for; empty if none was named.
         encoding_fingerprint: The encoding the vectors come from.
         corpus_fingerprint: The documents alone.
         queries_fingerprint: The query vectors it was tuned and tested with; empty if there were none.
@@ -64,6 +64,9 @@ class IndexContent:
             "format_version": FORMAT_VERSION,
         }
         inputs = {"encoding": self.encoding_fingerprint, "queries": self.queries_fingerprint}
+        # Versions that name no query encoder keep the identity they had before this was part of it.
+        if self.query_encoder:
+            inputs["query_encoder"] = self.query_encoder
         return Spec("index", config, inputs=inputs).fingerprint
 
 

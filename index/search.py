@@ -8,6 +8,7 @@ of their own, so a kind only proposes. What of its proposals can be among the be
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import ArtifactError, DataError
 from retrieval_kd.runs import Ranking
 
+_log = logging.getLogger(__name__)
 _MARGIN = 32
 # Below this many documents, or multiply-adds, scoring all that a filter selects is faster than walking around it.
 _SCORED_OUTRIGHT = 10_000
@@ -83,7 +85,7 @@ class Opened:
             k = min(k, chosen.count)
             if chosen.count <= max(_SCORED_OUTRIGHT, _BUDGET // self.content.dimension):
                 return list(self._scorer.outright(queries, chosen.rows, k))
-        if exact or self._proposer is None:
+        if exact or self._proposer is None or k > self._proposer.most:
             return self._scan(queries, k, chosen)
         scores, rows = self._proposer.propose(queries, k, effort, chosen)
         lacking = rows.min() < 0
@@ -209,6 +211,11 @@ class Searcher:
         return self._content.document_encoder
 
     @property
+    def query_encoder(self) -> str:
+        """Return the fingerprint of the query encoder it was built or tuned for; empty if none was named."""
+        return self._content.query_encoder
+
+    @property
     def bytes_per_doc(self) -> float:
         """Return the size of the version's files for each document, in bytes."""
         return self._manifest.bytes / self._content.count
@@ -224,12 +231,25 @@ class Searcher:
         return dict(self._content.fields)
 
     def check_query_encoder(self, card: EncoderCard) -> None:
-        """Refuse a query encoder whose vectors do not lie in the documents' space.
+        """Refuse a query encoder whose vectors do not lie in the documents' space; warn of one it was not tuned for.
 
         Raises:
             EncoderMismatch: names both encoders.
         """
         require_same_space(card, self.card)
+        if not self.is_tuned_for(card):
+            _log.warning(
+                "index version %s was made for query encoder %s, not for %r (%s): same space, but another prefix, "
+                "weights or precision, so its measured recall need not hold; run `rkd index tune` with the new one",
+                self.version,
+                self.query_encoder[:12],
+                card.name,
+                card.fingerprint[:12],
+            )
+
+    def is_tuned_for(self, card: EncoderCard) -> bool:
+        """Return whether a query encoder is the one the index was made for, or none was named."""
+        return self.query_encoder in ("", card.fingerprint)
 
     def search(
         self,
@@ -371,11 +391,14 @@ class Searcher:
 
     def _change(self, update: Update) -> None:
         store = self._folder.parent.parent
-        with writing(store):
-            current = IndexStore(store).current().name
-            if current != self.version:
-                raise ArtifactError(f"{store}: {current} is current, not {self.version}; open it and update that")
-            self._log.append(update)
+        try:
+            with writing(store):
+                current = IndexStore(store).current().name
+                if current != self.version:
+                    raise ArtifactError(f"{store}: {current} is current, not {self.version}; open it and update that")
+                self._log.append(update)
+        except OSError as error:
+            raise ArtifactError(f"{store}: cannot write updates ({error.strerror or error})") from error
         self._refresh()
 
     def _refresh(self) -> Delta | None:

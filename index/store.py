@@ -8,6 +8,10 @@ A process that maps a file dies when the file is changed in place (truncation is
 SIGSEGV), so files appear under their final name finished and are never written again. A publisher
 that is killed leaves the old pointer or the new one, each to a whole version.
 
+One build at a time holds the store's lock, for as long as it takes. Moving the pointer, removing versions and
+appending to a log take turns by :func:`index.updates.writing`, and none of them takes long, so a rollback need not wait
+for a build and an update never goes to a version that is just being left.
+
 Whoever reads a version holds a shared lock on its manifest; :meth:`IndexStore.collect` takes the exclusive
 one before it removes a version, so no version disappears under a reader that is still opening its files.
 """
@@ -21,12 +25,13 @@ import shutil
 import uuid
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from index.manifest import IndexContent, IndexManifest, check_files, is_sound
-from index.updates import UpdateLog
+from index.updates import UpdateLog, writing
 from retrieval_kd.artifacts import (
     MANIFEST,
     FileEntry,
@@ -43,6 +48,7 @@ CURRENT = "CURRENT"
 VERSIONS = "versions"
 KEPT_VERSIONS = 3
 _UNFINISHED = ".tmp-"
+_DOOMED = ".old-"
 _POINTER = re.compile(r"(\d{10}-[0-9a-f]{8}) ([0-9a-f]{64})\n")
 _READ_ONLY = 0o444
 
@@ -83,27 +89,30 @@ class IndexStore:
         self,
         fingerprint: str,
         write: Callable[[Path], IndexContent],
-        swapping: Callable[[Path], AbstractContextManager[object]] = nullcontext,
+        hand_on: Callable[[Path], None],
     ) -> Path:
         """Make a version current, writing it only if no sound version holds the same.
+
+        While it is written the current version takes updates, and another may become current.
 
         Args:
             fingerprint: Identity of what the version holds.
             write: Writes the version's files into the empty folder it is given and returns what they are.
-            swapping: Entered with the version while it becomes the current one.
+            hand_on: Called with the version just before it becomes the current one; no update comes in between.
 
         Returns:
             The version's folder.
 
         Raises:
-            ArtifactError: another process is publishing, or the files cannot be written; the version
+            ArtifactError: another process is building, or the files cannot be written; the version
                 that was current stays so.
         """
         try:
             (self._path / VERSIONS).mkdir(parents=True, exist_ok=True)
             with locked(self._path):
                 version = self._find(fingerprint) or self._add(write)
-                with swapping(version):
+                with hold(version), writing(self._path):
+                    hand_on(version)
                     self._point_at(version)
         except OSError as error:
             raise self._unwritable(error) from error
@@ -119,14 +128,15 @@ class IndexStore:
             The version's folder.
 
         Raises:
-            ArtifactError: no such version, a damaged one, another process is publishing, or the pointer
-                cannot be written; the version that was current stays so.
+            ArtifactError: no such version, a damaged one, or the pointer cannot be written; the version that was
+                current stays so.
         """
         version = self._named(name)
         try:
-            with locked(self._path):
+            with hold(version):
                 check_files(version, IndexManifest.load(version))
-                self._point_at(version)
+                with writing(self._path):
+                    self._point_at(version)
         except OSError as error:
             raise self._unwritable(error) from error
         return version
@@ -135,8 +145,8 @@ class IndexStore:
         """Make the newest version older than the current one current, after checking every byte of it.
 
         Raises:
-            ArtifactError: there is no older version, it is damaged, another process is publishing, or the
-                pointer cannot be written; the version that was current stays so.
+            ArtifactError: there is no older version, it is damaged, or the pointer cannot be written; the version
+                that was current stays so.
         """
         current = self.current()
         older = [version for version in self.versions() if version.name < current.name]
@@ -154,15 +164,20 @@ class IndexStore:
             The names of the versions removed, oldest first.
 
         Raises:
-            ArtifactError: ``keep`` is below 1, another process is publishing, or a version cannot be removed.
+            ArtifactError: ``keep`` is below 1, nothing is published, or a version cannot be removed.
         """
         if keep < 1:
             raise ArtifactError(
                 f"{self._path}: keep {keep} versions; at least the current one stays, so give 1 or more"
             )
-        current = self.current()
+        # Before the lock, which would make folders where there is no store.
+        self.current()
         try:
-            with locked(self._path):
+            with writing(self._path):
+                # Under the lock nobody else removes, so what lies there was left by one that was stopped.
+                for leftover in (self._path / VERSIONS).glob(f"{_DOOMED}*"):
+                    shutil.rmtree(leftover)
+                current = self.current()
                 old = [version for version in self.versions()[:-keep] if version != current]
                 return [version.name for version in old if self._remove(version)]
         except OSError as error:
@@ -182,7 +197,7 @@ class IndexStore:
             except BlockingIOError:
                 return False
             # Under a hidden name it is no version any more, wherever the removal is stopped.
-            doomed = version.with_name(f"{_UNFINISHED}{version.name}")
+            doomed = version.with_name(f"{_DOOMED}{version.name}")
             version.rename(doomed)
             shutil.rmtree(doomed)
             UpdateLog.of(self._path, version.name).path.unlink(missing_ok=True)
@@ -265,6 +280,14 @@ class Lease:
     def release(self) -> None:
         """Let the version be collected; once is enough, and twice is no error."""
         self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
 
 
 def hold(version: Path) -> Lease:

@@ -180,7 +180,7 @@ def _tried(spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Ve
         folder = Path(scratch)
         write_ids(folder / IDS, [f"{row:010d}" for row in range(count)])
         stored = write_stored(folder, lambda: iter([vectors]), (count, dimension), spec.storage)
-        index = resolved(spec, count)
+        index = resolved(spec, count, dimension)
         write_ann(folder, stored, index)
         sample = replace(content, index=index, count=count, largest_norm=stored.longest(), fields={})
         size = sum(path.stat().st_size for path in folder.iterdir()) * content.count // count

@@ -5,7 +5,8 @@ little-endian uint32) and its body: one line of JSON, then the vectors of its up
 of :meth:`UpdateLog.append`, all of it or none.
 
 A writer that dies leaves at most one torn record at the end. Readers stop before it, and the next writer cuts it
-off. Damage before the last record cannot come from that, and is an error.
+off. A whole record where that one should end can only be damage, and is an error: a body says itself how long it is,
+so it is found again even when its length was changed. A last record of which other bits were changed passes for torn.
 
 A build folds the updates of the version that was current into its own: their sum lies in it as ``updates.log``, so
 that a further build from the same corpus does not lose them.
@@ -28,12 +29,13 @@ import numpy as np
 
 from retrieval_kd.artifacts import fsync_folder
 from retrieval_kd.encoders.base import Vectors
-from retrieval_kd.errors import ArtifactError
+from retrieval_kd.errors import ArtifactError, DataError
 
 UPDATES = "updates"
 FOLDED = "updates.log"
 _MAGIC = b"RKDUPD1\n"
 _HEAD = struct.Struct("<II")
+_BODY = b'{"upsert":['
 _LOCK = ".lock"
 
 
@@ -54,14 +56,21 @@ class Update:
     deleted: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
-        """Return the record's body."""
+        """Return the record's body.
+
+        Raises:
+            DataError: a field holds a number that JSON has not.
+        """
         head = {
             "upsert": list(self.doc_ids),
             "width": int(self.vectors.shape[1]) if self.doc_ids else 0,
             "fields": [dict(fields) for fields in self.fields],
             "delete": list(self.deleted),
         }
-        line = json.dumps(head, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        try:
+            line = json.dumps(head, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        except ValueError:
+            raise DataError("update: a field holds NaN or infinity, which JSON has not; leave it out") from None
         return line + np.ascontiguousarray(self.vectors, dtype="<f4").tobytes()
 
     @classmethod
@@ -168,7 +177,7 @@ class UpdateLog:
             last, head = start + at, content[at : at + _HEAD.size]
             at += _HEAD.size + len(body)
         if not _is_torn(content, at):
-            raise self._damaged(start + at, "its checksum differs, and records follow it")
+            raise self._damaged(start + at, "its length or checksum was changed: what follows was whole")
         return News(updates, Place(inode, start + at, last, head), anew)
 
     def append(self, update: Update) -> None:
@@ -240,14 +249,11 @@ def writing(store: Path) -> Iterator[None]:
     """Wait for, and hold, the right to change any log of a store, or which version its updates go to.
 
     Raises:
-        ArtifactError: the lock cannot be made; the folder may be read-only.
+        OSError: the lock cannot be made; the folder may be read-only.
     """
     folder = store / UPDATES
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ArtifactError(f"{folder}: cannot write updates ({error.strerror or error})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
@@ -287,4 +293,26 @@ def _is_torn(content: bytes, at: int) -> bool:
     if len(rest) < _HEAD.size or not any(rest):
         return True
     length, _ = _HEAD.unpack_from(rest)
-    return not any(rest[_HEAD.size + int(length) :])
+    return not any(rest[_HEAD.size + int(length) :]) and not _has_whole_record(rest)
+
+
+def _has_whole_record(content: bytes) -> bool:
+    """Return whether some record is whole by what its body says of its length and its head of its checksum."""
+    at = content.find(_BODY, _HEAD.size)
+    while at >= 0:
+        _, checksum = _HEAD.unpack_from(content, at - _HEAD.size)
+        length = _body_length(content, at)
+        if length and zlib.crc32(content[at : at + length]) == checksum:
+            return True
+        at = content.find(_BODY, at + 1)
+    return False
+
+
+def _body_length(content: bytes, at: int) -> int:
+    """Return how long the body at a place is; 0 when its line of JSON is not whole."""
+    end = content.find(b"\n", at) + 1
+    try:
+        head = json.loads(content[at:end])
+        return end - at + 4 * len(head["upsert"]) * int(head["width"])
+    except (ValueError, KeyError, TypeError):
+        return 0

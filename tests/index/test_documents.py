@@ -13,6 +13,7 @@ from index_helpers import Documents, clustered, corpus
 from index import documents as documents_module
 from index.build import build_index
 from index.documents import field_types, record_batch
+from index.filters import Eq
 from index.search import Searcher
 from retrieval_kd.errors import ArtifactError, DataError
 from retrieval_kd.recipes.schema import IndexSpec
@@ -149,3 +150,29 @@ def test_text_that_is_no_unicode_is_refused(holds: str) -> None:
     value = {"text": "\ud800", "json": {"a": "\ud800"}, "list of text": ["\ud800"]}[holds]
     with pytest.raises(DataError, match="field 'title': a value is not valid Unicode"):
         record_batch([{"title": value}], {"title": holds})
+
+
+@pytest.mark.parametrize("value", [10**16, 2**60, int(1e300), -(2**53) - 2])
+def test_whole_numbers_of_any_size_are_floats_among_floats(tmp_path: Path, value: int) -> None:
+    """JSON and the wire write 1e16 as an integer, which the column store does not take beyond 53 bits."""
+    with opened(tmp_path, {"a": {"price": 0.5}, "b": {"price": 1e16}}, ["price"]) as searcher:
+        searcher.upsert(["c", "d"], clustered(2, 2, 4), [{"price": value}, {"price": 3}])
+        assert searcher.fields(["b", "c", "d"], ["price"]) == [{"price": 1e16}, {"price": float(value)}, {"price": 3.0}]
+        found = searcher.search(clustered(2, 1, 4), 5, filter=Eq("price", value))
+        assert "c" in found[0].doc_ids
+    assert record_batch([{"n": [10**16, 0.5]}], {"n": "list of float"}).column("n").to_pylist() == [[1e16, 0.5]]
+
+
+@pytest.mark.parametrize(("value", "named"), [(2**53 + 1, "9007199254740993"), (10**400, "integer of 1329 bits")])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_number_that_no_float_equals_is_refused_among_floats(value: int, named: str, listed: bool) -> None:
+    """Rounded in silence it is another number, and the column store's own error names no field."""
+    types = {"n": "list of float" if listed else "float"}
+    with pytest.raises(DataError, match=f"field 'n' holds float, and no float is exactly .*{named}"):
+        record_batch([{"n": [value] if listed else value}], types)
+
+
+def test_a_build_of_numbers_that_no_type_holds_says_so(tmp_path: Path) -> None:
+    """Half an hour into a build, a traceback of the column store tells nobody which field to mend."""
+    with pytest.raises(DataError, match="field 'n' holds float, and no float is exactly 9007199254740993"):
+        opened(tmp_path, {"a": {"n": 0.5}, "b": {"n": 2**53 + 1}}, ["n"])

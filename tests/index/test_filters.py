@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -171,13 +172,40 @@ def test_filters_that_cannot_be_answered_are_refused(wanted: Filter, message: st
         matches(wanted, record_batch(documents, types), types)
 
 
-@pytest.mark.parametrize(("bound", "expected"), [(2**70, [False]), (-(2**70), [True]), (2**63 - 1, [False])])
-def test_numbers_beyond_64_bits_compare(bound: int, expected: list[bool]) -> None:
-    """A bound from a client may be any integer; the column store has 64 bits."""
-    types = {"year": "int"}
-    batch = record_batch([{"year": 1}], types)
-    assert matches(Range("year", gt=bound), batch, types).tolist() == expected
-    assert matches(Eq("year", bound), batch, types).tolist() == [False]
+_EXTREME_INTS = [n + d for n in (0, 2**53, -(2**53), 2**60) for d in (-1, 0, 1)] + [2**63 - 1, 2**63 - 513, -(2**63)]
+_EXTREME_FLOATS = [0.0, -0.0, 0.5, 1e-320, 2.0**53, 2.0**53 + 2, -(2.0**60), 2.0**63, 1e16, 1e300, math.inf, -math.inf]
+_OPERANDS_BEYOND = [2**63, 2**63 + 1, -(2**63) - 1, 2**64, 2**70, -(2**70), 10**300, -(10**300), 10**308]
+
+
+@pytest.mark.parametrize("held", [_EXTREME_INTS, _EXTREME_FLOATS], ids=["int", "float"])
+@pytest.mark.parametrize("operand", [*_EXTREME_INTS, *_EXTREME_FLOATS, *_OPERANDS_BEYOND])
+def test_extreme_numbers_compare_as_in_plain_python(held: list[Any], operand: Any) -> None:
+    """Between 64-bit integers and floats a column store rounds one of the two, or gives up with its own error."""
+    documents = [{"n": value} for value in held]
+    types = field_types(documents, ["n"])
+    batch = record_batch(documents, types)
+    comparisons = [Range("n", **{name: operand}) for name in ("gt", "ge", "lt", "le")]
+    for wanted in (*comparisons, Range("n", ge=operand, le=operand), Eq("n", operand), In("n", (operand, 7))):
+        assert matches(wanted, batch, types).tolist() == [reference(wanted, fields) for fields in documents], wanted
+
+
+@pytest.mark.parametrize("held", [1, 0.5])
+@pytest.mark.parametrize("value", [10**400, -(10**5000), math.nan], ids=["large", "huge", "nan"])
+def test_numbers_that_nothing_can_be_compared_with_are_refused(held: float, value: float) -> None:
+    """Python's own error on them is no message, and to the caller of a service a fault of the server."""
+    types = field_types([{"n": held}], ["n"])
+    batch = record_batch([{"n": held}], types)
+    for wanted in (Eq("n", value), In("n", (1, value)), Range("n", gt=value)):
+        with pytest.raises(DataError, match="field 'n' is compared with NaN or an integer beyond all floats"):
+            matches(wanted, batch, types)
+
+
+def test_text_that_is_not_unicode_is_refused() -> None:
+    """JSON can escape half of a surrogate pair, which the column store has no bytes for."""
+    types = {"t": "text"}
+    for wanted in (Eq("t", "\ud800"), Range("t", gt="\ud800")):
+        with pytest.raises(DataError, match="field 't' cannot be compared"):
+            matches(wanted, record_batch([{"t": "a"}], types), types)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from index.manifest import IndexManifest
 from index.probes import Probes
 from index.search import Searcher
 from index.store import IndexStore, hold
+from index.updates import writing
 from retrieval_kd.errors import ArtifactError
 from retrieval_kd.recipes.schema import IndexSpec
 
@@ -128,8 +132,61 @@ def test_removal_stopped_half_way_leaves_no_version(tmp_path: Path, monkeypatch:
         with pytest.raises(ArtifactError, match="cannot remove a version"):
             store.collect(keep=1)
     assert store.versions() == [second]
-    build_index(CORPORA[2], IndexSpec(), tmp_path)
+    assert store.collect(keep=1) == []
     assert not list((tmp_path / "versions").glob(".*"))
+
+
+def test_a_build_stops_neither_rollback_nor_publish_nor_collect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build takes an hour; a bad index that cannot be taken back until it ends is served for that hour."""
+    store, (first, second, third) = store_of(tmp_path, 3)
+    seal = IndexStore._seal
+
+    def sealing(self: IndexStore, *arguments: Any) -> str:
+        assert store.rollback() == second
+        assert store.publish_existing(third.name) == third
+        assert store.collect(keep=2) == [first.name]
+        with pytest.raises(ArtifactError, match="another process is building it"):
+            build_index(CORPORA[4], IndexSpec(), tmp_path)
+        return seal(self, *arguments)
+
+    monkeypatch.setattr(IndexStore, "_seal", sealing)
+    fourth = build_index(CORPORA[3], IndexSpec(), tmp_path)
+    assert store.versions() == [second, third, fourth]
+    assert store.current() == fourth
+
+
+def test_collect_keeps_what_became_current_while_it_waited(tmp_path: Path) -> None:
+    """A pointer read before its turn names a version that is current no more, and the one that is goes."""
+    store, (first, second, third) = store_of(tmp_path, 3)
+    with ThreadPoolExecutor(1) as pool:
+        with writing(tmp_path):
+            collecting = pool.submit(store.collect, 1)
+            wait([collecting], 0.3)
+            assert not collecting.done()
+            store._point_at(first)
+        assert collecting.result(30) == [second.name]
+    assert store.versions() == [first, third]
+    assert store.current() == first
+
+
+def test_the_pointer_moves_only_between_updates(tmp_path: Path) -> None:
+    """An update that was let pass before the pointer moved would go to the version that was just left."""
+    store, _ = store_of(tmp_path, 2)
+    moves: list[Callable[[], Path]] = [
+        store.rollback,
+        lambda: store.publish_existing(store.versions()[-1].name),
+        lambda: build_index(CORPORA[2], IndexSpec(), tmp_path),
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        for move in moves:
+            before = store.current()
+            with writing(tmp_path):
+                moving = pool.submit(move)
+                wait([moving], 0.3)
+                assert store.current() == before
+            assert moving.result(30) == store.current() != before
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -242,6 +242,37 @@ def test_only_encoders_of_the_space_may_search(opened: Searcher) -> None:
         opened.check_query_encoder(replace(card(32), role="document"))
 
 
+def test_another_query_encoder_than_the_recorded_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The space is the same with a wrong prefix, and so is every error: none; only the rankings are worse."""
+    documents = corpus(clustered(1, 30, 8))
+    right = query_card(documents.card)
+    wrong = replace(right, query_prefix="query: ")
+    build_index(documents, IndexSpec(), tmp_path, right)
+    with Searcher.open(tmp_path) as searcher:
+        assert searcher.query_encoder == right.fingerprint
+        searcher.check_query_encoder(right)
+        assert searcher.is_tuned_for(right)
+        assert caplog.messages == []
+        searcher.check_query_encoder(wrong)
+        assert not searcher.is_tuned_for(wrong)
+        assert len(caplog.messages) == 1
+        assert "was made for query encoder" in caplog.text
+        assert "run `rkd index tune`" in caplog.text
+
+
+def test_a_version_for_another_query_encoder_is_another_version(tmp_path: Path) -> None:
+    """Found again by its documents alone, it goes on naming the encoder of the first build."""
+    documents = corpus(clustered(1, 30, 8))
+    cards = [query_card(documents.card), replace(query_card(documents.card), weights_hash="other")]
+    versions = [build_index(documents, IndexSpec(), tmp_path, one) for one in (*cards, None)]
+    assert len(set(versions)) == 3
+    for version, expected in zip(versions, [cards[0].fingerprint, cards[1].fingerprint, ""], strict=True):
+        assert Searcher.open(version).query_encoder == expected
+    asked = replace(corpus(clustered(2, 20, 8)), card=cards[0])
+    tuned = build_index(documents, IndexSpec("hnsw", target_recall=0.5), tmp_path, queries=asked)
+    assert Searcher.open(tuned).query_encoder == cards[0].fingerprint
+
+
 def test_properties_tell_what_is_open(opened: Searcher, big: EncodedCorpus) -> None:
     """The server advertises these."""
     assert (opened.count, opened.dimension, opened.card) == (2000, 32, big.card)
