@@ -18,9 +18,9 @@ from eval.page import render_summary
 from eval.reference import reference_means, reference_rows
 from eval.report import write_report
 from eval.results import SystemResult
-from eval.shape import Passages, Shape, matches_itself
+from eval.shape import Passages, Shape
 from eval.significance import compare
-from eval.specs import SystemSpec, in_order
+from eval.specs import SystemSpec, in_order, require_rerank_depth
 from eval.systems import System, judge
 from retrieval_kd.artifacts import atomic_write, write_json
 from retrieval_kd.collections import beir, msmarco
@@ -213,27 +213,26 @@ def _measure(
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
     queries, qrels = split_queries(collection, setup.split), collection.qrels(setup.split)
-    remove_self = matches_itself(collection.name) if setup.remove_self is None else setup.remove_self
-    shape = Shape(remove_self, setup.maxp)
+    shape = Shape.of(collection, setup.remove_self, setup.maxp)
     searched: Collection = Passages(collection) if setup.maxp else collection
     for role, reference in (("baseline", setup.baseline), ("teacher", setup.teacher)):
         if reference and reference not in {spec.reference for spec in specs}:
             known = [spec.reference for spec in specs]
             raise DataError(f"{role} {reference!r} is not among the systems{did_you_mean(reference, known)}")
     runs: dict[str, tuple[str, Run]] = {}
+    shaped: dict[str, Run] = {}
     systems: dict[str, System] = {}
     results: list[SystemResult] = []
     depth = shape.search_depth(setup.depth)
     for spec in specs:
-        _require_depth(spec, depth)
+        require_rerank_depth(spec, depth)
         announce(f"{collection.name}: {spec}")
         system = opener.open(spec, searched, collection, qrels, runs)
         run = system.run(queries, depth)
         runs[spec.reference] = (system.name, run)
+        shaped[spec.reference] = measured = shape(run, setup.depth)
         systems[spec.reference] = system
-        results.append(
-            judge(system, shape(run, setup.depth), queries, qrels, setup.measures, setup.depth, setup.seed, setup.timed)
-        )
+        results.append(judge(system, measured, queries, qrels, setup.measures, setup.depth, setup.seed, setup.timed))
     names = {spec.reference: result.name for spec, result in zip(specs, results, strict=True)}
     baseline = names.get(setup.baseline or setup.teacher, results[0].name) if len(results) > 1 else None
     written = write_report(
@@ -251,9 +250,9 @@ def _measure(
                 for spec, result in zip(specs, results, strict=True)
             },
         },
-        notes=_notes(shape),
+        notes=shape.notes,
         reference=reference_rows(collection.name, setup.split, setup.measures) if setup.reference else (),
-        agreements=_agreements(systems, runs, setup.teacher, queries) if setup.teacher else (),
+        agreements=_agreements(systems, shaped, setup.teacher, queries) if setup.teacher else (),
         seed=setup.seed,
     )
     write_qrels(out / QRELS_TXT, qrels)
@@ -265,13 +264,12 @@ def _measure(
 
 
 def _agreements(
-    systems: Mapping[str, System], runs: Mapping[str, tuple[str, Run]], teacher: str, queries: Mapping[str, str]
+    systems: Mapping[str, System], runs: Mapping[str, Run], teacher: str, queries: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Compare every system's rankings, and vectors where they share a space, with the teacher's."""
-    name, wanted = runs[teacher]
     original = systems[teacher]
     entries = []
-    for reference, (student, run) in runs.items():
+    for reference, run in runs.items():
         if reference == teacher:
             continue
         near, copy = None, systems[reference]
@@ -280,22 +278,8 @@ def _agreements(
             if cards[0].space_fingerprint == cards[1].space_fingerprint:
                 texts = list(queries.values())
                 near = cosines(copy.encoder.encode(texts, "query"), original.encoder.encode(texts, "query"))
-        entries.append(agreement_entry(student, name, fidelity(run, wanted), near))
+        entries.append(agreement_entry(copy.name, original.name, fidelity(run, runs[teacher]), near))
     return entries
-
-
-def _require_depth(spec: SystemSpec, depth: int) -> None:
-    if spec.kind == "rerank" and spec.integer("depth", min(depth, 100)) > depth:
-        raise DataError(f"--system {spec}: depth is more than the {depth} documents retrieved; raise --depth")
-
-
-def _notes(shape: Shape) -> list[str]:
-    notes = []
-    if shape.remove_self:
-        notes.append("Documents with the query's own id were removed from every ranking.")
-    if shape.maxp:
-        notes.append("Passages were searched; a document has its best passage's score (MaxP).")
-    return notes
 
 
 def _folders(paths: Sequence[str]) -> list[str]:

@@ -307,6 +307,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.1, help="Servers: how long they arrive.")] = 10.0,
     server_pid: Annotated[int, typer.Option(min=0, help="The server's process; its workers count too.")] = 0,
     distractors: Distractors = None,
+    remove_self: RemoveSelf = None,
     artifacts: Cache = ARTIFACTS,
     out: Out = None,
     as_json: AsJson = False,
@@ -317,7 +318,7 @@ def bench(
     from eval.specs import SystemSpec
     from eval.tables import format_costs, format_report
 
-    load = Load(calls, warmup, depth, tuple(core or ()), rate, seconds, server_pid)
+    load = Load(calls, warmup, depth, tuple(core or ()), rate, seconds, server_pid, remove_self=remove_self)
     specs = [SystemSpec.parse(text) for text in system or ()]
     measures = tuple(measure or ("nDCG@10", "RR@10"))
     with tempfile.TemporaryDirectory() as scratch:
