@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from eval.latency import Latency
-from eval.measures import evaluate, parse_measure
+from eval.measures import evaluate, require_measurable
 from eval.open_loop import OpenLoop, open_loop
 from eval.opening import Opener
 from eval.report import write_report
@@ -115,8 +115,7 @@ def bench(
     Raises:
         RkdError: whatever is wrong with the collection or a system; a process that failed says why.
     """
-    for measure in measures:
-        parse_measure(measure)
+    require_measurable(measures, load.depth)
     ordered = in_order(specs)
     if not ordered:
         raise DataError("no system to bench; name --system (see --help)")
@@ -128,7 +127,6 @@ def bench(
         with tempfile.TemporaryDirectory() as scratch:
             _in_own_process(collection, split, ordered, spec, load, cache, Path(scratch), distractors)
             entry = read_json(Path(scratch) / _COST)
-            # Depth cuts R@100 and the like, so the measures are taken at what was retrieved.
             run = shape(read_trec(Path(scratch) / _RUN), load.depth)
         judged = evaluate(run, qrels, ["Judged@10"]).means["Judged@10"]
         evaluation = evaluate(run, qrels, measures)

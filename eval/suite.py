@@ -12,7 +12,7 @@ from typing import Any
 
 from eval.dense import DenseSystem
 from eval.fidelity import agreement_entry, cosines, fidelity, require_retrieval
-from eval.measures import parse_measure
+from eval.measures import require_measurable
 from eval.opening import Opener
 from eval.page import render_summary
 from eval.reference import reference_means, reference_rows
@@ -132,8 +132,7 @@ def run_suite(
         RkdError: whatever is wrong with a collection, a system or a measure, before anything slow where
             that can be known.
     """
-    for measure in setup.measures:
-        parse_measure(measure)
+    require_measurable(setup.measures, setup.depth)
     if not specs:
         raise DataError(
             "no system to measure; name --system (see --help), --bm25, --index, --rerank, --server or --run"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from eval.latency import Latency, encode_latency, latency
-from eval.measures import evaluate, parse_measure
+from eval.measures import evaluate, require_measurable
 from eval.results import Facts, SystemResult
 from retrieval_kd.collections.base import Collection, Qrels
 from retrieval_kd.encoders.base import Encoder
@@ -68,8 +68,7 @@ def assess(
         timed: Most queries to time; 0 times nothing.
     """
     # Before the run: a misspelt name must not cost an hour of reranking.
-    for name in measures:
-        parse_measure(name)
+    require_measurable(measures, depth)
     return judge(system, system.run(queries, depth), queries, qrels, measures, depth, seed, timed)
 
 

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,7 +79,14 @@ RerankDepth = Annotated[int, typer.Option("--rerank-depth", min=1, help="How man
 RerankLength = Annotated[int, typer.Option("--rerank-length", min=8, help="Longest pair it reads, in tokens.")]
 Server = Annotated[str | None, typer.Option("--server", help="Short for --system server, at HOST:PORT.")]
 RunFile = Annotated[list[Path] | None, typer.Option("--run", help="Short for --system run: a TREC run file.")]
-Depth = Annotated[int, typer.Option(min=1, help="Documents retrieved for each query.")]
+Depth = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default=False,
+        help="Documents retrieved for each query; else 100 (MS MARCO's 1000), or what measures need.",
+    ),
+]
 Measures = Annotated[list[str] | None, typer.Option("--measure", help="An ir_measures name, such as nDCG@10.")]
 Baseline = Annotated[str, typer.Option(help="NAME of the system the others are tested against; else the first.")]
 Reference = Annotated[bool, typer.Option("--reference", help="Show published figures of the same collection.")]
@@ -113,7 +121,7 @@ def beir(
     rerank_length: RerankLength = 192,
     server: Server = None,
     run: RunFile = None,
-    depth: Depth = 100,
+    depth: Depth = None,
     measure: Measures = None,
     baseline: Baseline = "",
     reference: Reference = False,
@@ -130,10 +138,11 @@ def beir(
     from eval.suite import Setup
 
     specs = _specs(system, bm25, index, encoder, rerank, rerank_depth, rerank_length, server, run)
+    measures = tuple(measure or ("nDCG@10", "RR@10", "R@100"))
     setup = Setup(
         split=split,
-        measures=tuple(measure or ("nDCG@10", "RR@10", "R@100")),
-        depth=depth,
+        measures=measures,
+        depth=_depth(depth, measures),
         distractors=tuple(distractors or ()),
         remove_self=remove_self,
         timed=timed,
@@ -158,7 +167,7 @@ def msmarco(
     rerank_length: RerankLength = 192,
     server: Server = None,
     run: RunFile = None,
-    depth: Depth = 1000,
+    depth: Depth = None,
     measure: Measures = None,
     baseline: Baseline = "",
     reference: Reference = False,
@@ -177,10 +186,11 @@ def msmarco(
 
     usual = ("nDCG@10", "RR(rel=2)", "R(rel=2)@1000") if split in TREC_DL_SPLITS else ("RR@10", "R@1000")
     specs = _specs(system, bm25, index, encoder, rerank, rerank_depth, rerank_length, server, run)
+    measures = tuple(measure or usual)
     setup = Setup(
         split=split,
-        measures=tuple(measure or usual),
-        depth=depth,
+        measures=measures,
+        depth=_depth(depth, measures, least=1000),
         distractors=tuple(distractors or ()),
         maxp=maxp,
         timed=timed,
@@ -299,7 +309,7 @@ def bench(
     system: Systems = None,
     split: Split = "test",
     measure: Measures = None,
-    depth: Annotated[int, typer.Option(min=1, help="Documents retrieved for each query.")] = 100,
+    depth: Depth = None,
     calls: Annotated[int, typer.Option(min=1, help="Queries timed one by one.")] = 200,
     warmup: Annotated[int, typer.Option(min=0, help="Queries run before the clock counts.")] = 20,
     core: Annotated[list[int] | None, typer.Option("--core", min=0, help="Pin to this core; may be repeated.")] = None,
@@ -318,9 +328,10 @@ def bench(
     from eval.specs import SystemSpec
     from eval.tables import format_costs, format_report
 
-    load = Load(calls, warmup, depth, tuple(core or ()), rate, seconds, server_pid, remove_self=remove_self)
-    specs = [SystemSpec.parse(text) for text in system or ()]
     measures = tuple(measure or ("nDCG@10", "RR@10"))
+    retrieved = _depth(depth, measures)
+    load = Load(calls, warmup, retrieved, tuple(core or ()), rate, seconds, server_pid, remove_self=remove_self)
+    specs = [SystemSpec.parse(text) for text in system or ()]
     with tempfile.TemporaryDirectory() as scratch:
         where = out or Path(scratch)
         written = run_bench(
@@ -330,6 +341,13 @@ def bench(
         typer.echo(json.dumps(written, ensure_ascii=False))
     else:
         typer.echo(f"{format_report(written)}\n\n{format_costs(written)}")
+
+
+def _depth(given: int | None, measures: Sequence[str], least: int = 100) -> int:
+    """Return the depth that was asked for, else one that no measure looks below."""
+    from eval.measures import deepest
+
+    return given or max(least, deepest(measures))
 
 
 def _specs(

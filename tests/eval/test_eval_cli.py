@@ -28,6 +28,14 @@ def report(tiny: Path) -> Path:
     return out
 
 
+def test_a_deep_measure_has_its_depth(tiny: Path, tmp_path: Path) -> None:
+    """R@200 over the usual 100 documents is R@100 under another name."""
+    words = ("beir", tiny / "tiny-collection", "--bm25", "--measure", "R@200", "--timed", 0, "--artifacts", tmp_path)
+    assert "R@200" in rkd(*words)
+    with pytest.raises(DataError, match="'R@200' needs 200 documents a query, 100 are retrieved"):
+        rkd(*words, "--depth", 100)
+
+
 def test_compare_prints_tests_and_queries(tiny: Path, report: Path) -> None:
     """A person must see the queries, a machine the numbers."""
     files = [report / "per_query" / f"{name}.tsv" for name in ("one", "two")]

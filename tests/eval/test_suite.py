@@ -187,6 +187,11 @@ def test_self_matches_and_passages_reach_the_notes(tiny: Path, tmp_path: Path) -
         ((), QUICK, "no system to measure"),
         (("bm25",), Setup(measures=("nDGC@10",)), "did you mean 'nDCG@10'"),
         (("bm25",), Setup(split="tset"), "no split 'tset'"),
+        (
+            ("bm25",),
+            Setup(measures=("R@200",)),
+            "'R@200' needs 200 documents a query, 100 are retrieved; raise the depth",
+        ),
         (("rerank:x,depth=200",), QUICK, "depth is more than the 100 documents retrieved; raise --depth"),
         (("bm25", "f=run:nowhere.trec"), QUICK, "nowhere.trec: cannot read the run"),
         (("bm25",), Setup(timed=0, baseline="dense"), "baseline 'dense' is not among"),

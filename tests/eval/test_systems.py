@@ -126,7 +126,7 @@ def test_reranker_facts() -> None:
 
 def test_assess_measures_over_all_judged_queries() -> None:
     """q4 has no candidates: four of five queries found d1 first."""
-    result = assess(_reranker(4), QUERIES, QRELS, ["nDCG@10", "RR@10"], depth=4)
+    result = assess(_reranker(4), QUERIES, QRELS, ["nDCG@10", "RR@10"], depth=10)
     assert result.measures == {"nDCG@10": 0.8, "RR@10": 0.8}
     assert result.evaluation.missing == ("q4",)
     entry = result.to_json()
@@ -233,7 +233,7 @@ def test_bm25_is_indexed_once_and_timed() -> None:
     stream = corpus.documents
     corpus.documents = lambda: streams.append(1) or stream()  # type: ignore[method-assign, func-returns-value]
     queries = {query_id: f"text of d{number % 4 + 1}" for number, query_id in enumerate(QUERIES)}
-    result = assess(BM25System(corpus), queries, QRELS, ["R@100"], depth=4)
+    result = assess(BM25System(corpus), queries, QRELS, ["R@100"], depth=100)
     assert len(streams) == 1
     assert result.run is not None
     assert result.run["q2"].doc_ids[0] == "d3"
