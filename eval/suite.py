@@ -102,6 +102,16 @@ def _expand_irds(path: str) -> list[Set]:
     return [Set(PREFIX + part, path) for part in parts] or [Set(path, "")]
 
 
+def joined(path: str, distractors: Sequence[str]) -> Collection:
+    """Open a collection with its distractors; one that is the collection itself does not join it.
+
+    Raises:
+        DataError: see :func:`retrieval_kd.collections.open.open_collection`.
+    """
+    others = tuple(other for other in distractors if not _same(other, path))
+    return open_collection(CollectionSpec(path, others))
+
+
 def run_suite(
     collections: Sequence[str],
     specs: Sequence[SystemSpec],
@@ -144,8 +154,7 @@ def run_suite(
         opener = Opener(cache, stack)
         folders = _folders([part.path for part in sets])
         for part, folder in zip(sets, folders, strict=True):
-            others = tuple(path for path in setup.distractors if not _same(path, part.path))
-            collection = open_collection(CollectionSpec(part.path, others))
+            collection = joined(part.path, setup.distractors)
             where = out if len(sets) == 1 else out / folder
             report = _measure(collection, ordered, setup, opener, where, command, announce)
             reports.append({**report, "group": part.group})

@@ -274,6 +274,7 @@ def compare(
     collection: Annotated[
         str | None, typer.Option(help="Show the queries that differ most, with the texts of this collection.")
     ] = None,
+    distractors: Distractors = None,
     split: Split = "test",
     show: Annotated[int, typer.Option(min=1, help="How many wins and how many losses to show.")] = 5,
     as_json: AsJson = False,
@@ -282,13 +283,15 @@ def compare(
     from dataclasses import asdict
 
     from eval.comparing import cases_json, compare_files, differing_queries, format_cases, format_comparisons
-    from retrieval_kd.collections import open_collection
-    from retrieval_kd.recipes.schema import CollectionSpec
+    from eval.suite import joined
+    from retrieval_kd.errors import DataError
 
+    if distractors and collection is None:
+        raise DataError("--distractors: they join a collection's corpus; name it with --collection")
     candidates, rows = compare_files(files, measure or (), baseline)
     listings = {}
     if collection is not None:
-        opened = open_collection(CollectionSpec(collection))
+        opened = joined(collection, distractors or ())
         by_name = {candidate.name: candidate for candidate in candidates}
         reference = by_name[rows[0].baseline]
         for name in dict.fromkeys(row.system for row in rows):
