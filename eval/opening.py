@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -94,7 +94,7 @@ class Opener:
                 from eval.lucene import LuceneSystem
 
                 (k1,), (b,) = spec.numbers("k1", "0.9"), spec.numbers("b", "0.4")
-                system = LuceneSystem(spec.target, k1, b)
+                system = LuceneSystem(spec.target, documents, k1, b, passages=collection is not documents)
             case "rerank":
                 system = self._rerank(spec, collection, *runs[spec.components[0]])
             case _:
@@ -215,10 +215,13 @@ def _tops(run: Run, depth: int) -> dict[str, Any]:
 
 
 def _renamed(system: System, name: str) -> System:
-    if isinstance(system, (BM25System, DenseSystem, IndexSystem)):
-        system.name = name
-        return system
-    return cast("System", replace(cast("Any", system), name=name))
+    # The protocol lets a name be read only.
+    opened: Any = system
+    if is_dataclass(opened):
+        opened = replace(opened, name=name)
+    else:
+        opened.name = name
+    return cast("System", opened)
 
 
 def _open_encoder(model: str, spec: SystemSpec | None, options: Mapping[str, str]) -> Encoder:

@@ -152,7 +152,7 @@ class IndexSystem:
                 advance(len(block))
         # A single query is a timed one: its whole run was checked before.
         if self._collection is not None and len(queries) > 1:
-            _require_known(f"index {self.name!r}", run, self._collection)
+            require_known(f"index {self.name!r}", run, self._collection)
         return run
 
     def staged(self, text: str, depth: int) -> dict[str, float]:
@@ -273,7 +273,7 @@ class ServerSystem:
                 for query_id, result in zip(block, results, strict=True):
                     run[query_id] = rank([hit.doc_id for hit in result.hits], [hit.score for hit in result.hits])
                 advance(len(block))
-        _require_known(f"server {self.name!r}", run, self.collection)
+        require_known(f"server {self.name!r}", run, self.collection)
         return run
 
     def staged(self, text: str, depth: int) -> dict[str, float]:
@@ -378,7 +378,12 @@ def _require_count(who: str, count: int, version: str, collection: Collection) -
         )
 
 
-def _require_known(who: str, run: Run, collection: Collection) -> None:
+def require_known(who: str, run: Run, collection: Collection) -> None:
+    """Refuse a run of another corpus.
+
+    Raises:
+        DataError: a ranked document that the collection does not have.
+    """
     unknown = _unknown_documents(run, collection)
     if unknown:
         raise DataError(
