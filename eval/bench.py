@@ -23,7 +23,7 @@ import numpy as np
 from eval.latency import Latency
 from eval.measures import evaluate, require_measurable
 from eval.open_loop import OpenLoop, open_loop
-from eval.opening import Opener
+from eval.opening import Component, Opener
 from eval.report import write_report
 from eval.results import Facts, SystemResult
 from eval.shape import Shape
@@ -167,17 +167,19 @@ def bench_one(
     os.sched_setaffinity(0, cores)
     opened = open_collection(CollectionSpec(collection, tuple(distractors)))
     queries, qrels = split_queries(opened, split), opened.qrels(split)
-    depth = Shape.of(opened, load.remove_self).search_depth(load.depth)
+    shape = Shape.of(opened, load.remove_self)
+    depth = shape.search_depth(load.depth)
     with contextlib.ExitStack() as stack:
         opener = Opener(cache, stack)
-        runs: dict[str, tuple[str, Run]] = {}
+        components: dict[str, Component] = {}
         *before, spec = needed(specs, reference)
         for component in before:
             require_rerank_depth(component, depth)
-            first = opener.open(component, opened, opened, qrels, runs)
-            runs[component.reference] = (first.name, first.run(queries, depth))
+            first = opener.open(component, opened, opened, qrels, components)
+            run = first.run(queries, depth)
+            components[component.reference] = Component(first.name, run, shape(run, load.depth))
         require_rerank_depth(spec, depth)
-        system = opener.open(spec, opened, opened, qrels, runs)
+        system = opener.open(spec, opened, opened, qrels, components)
         cost, run, facts = measure_cost(system, queries, opened, replace(load, cores=cores, depth=depth))
     write_trec(into / _RUN, {query_id: ranking for query_id, ranking in run.items() if len(ranking)}, "bench")
     write_json(into / _COST, {"name": system.name, "role": system.role, "facts": asdict(facts), "cost": asdict(cost)})

@@ -89,6 +89,11 @@ def best_passages(ranking: Ranking) -> Ranking:
     return rank(list(best), list(best.values()))
 
 
+def of_passages(run: Run) -> bool:
+    """Tell whether a run over :class:`Passages` ranks those and not documents, whose ids have no separator."""
+    return any(_SEPARATOR in doc_id for ranking in run.values() for doc_id in ranking.doc_ids)
+
+
 class Passages:
     """A collection whose documents are cut into overlapping windows of words, each with the title before it.
 

@@ -13,7 +13,7 @@ from typing import Any
 from eval.dense import DenseSystem
 from eval.fidelity import agreement_entry, cosines, fidelity, require_retrieval
 from eval.measures import require_measurable
-from eval.opening import Opener
+from eval.opening import Component, Opener
 from eval.page import render_summary
 from eval.reference import reference_means, reference_rows
 from eval.report import write_report
@@ -29,7 +29,7 @@ from retrieval_kd.collections.irds import PREFIX
 from retrieval_kd.collections.open import open_collection
 from retrieval_kd.errors import DataError, did_you_mean
 from retrieval_kd.recipes.schema import CollectionSpec
-from retrieval_kd.runs import Run, write_qrels
+from retrieval_kd.runs import write_qrels
 
 SUMMARY_JSON = "summary.json"
 SUMMARY_HTML = "summary.html"
@@ -227,18 +227,17 @@ def _measure(
         if reference and reference not in {spec.reference for spec in specs}:
             known = [spec.reference for spec in specs]
             raise DataError(f"{role} {reference!r} is not among the systems{did_you_mean(reference, known)}")
-    runs: dict[str, tuple[str, Run]] = {}
-    shaped: dict[str, Run] = {}
+    components: dict[str, Component] = {}
     systems: dict[str, System] = {}
     results: list[SystemResult] = []
     depth = shape.search_depth(setup.depth)
     for spec in specs:
         require_rerank_depth(spec, depth)
         announce(f"{collection.name}: {spec}")
-        system = opener.open(spec, searched, collection, qrels, runs)
+        system = opener.open(spec, searched, collection, qrels, components)
         run = system.run(queries, depth)
-        runs[spec.reference] = (system.name, run)
-        shaped[spec.reference] = measured = shape(run, setup.depth)
+        measured = shape(run, setup.depth)
+        components[spec.reference] = Component(system.name, run, measured)
         systems[spec.reference] = system
         results.append(judge(system, measured, queries, qrels, setup.measures, setup.depth, setup.seed, setup.timed))
     names = {spec.reference: result.name for spec, result in zip(specs, results, strict=True)}
@@ -260,7 +259,7 @@ def _measure(
         },
         notes=shape.notes,
         reference=reference_rows(collection.name, setup.split, setup.measures) if setup.reference else (),
-        agreements=_agreements(systems, shaped, setup.teacher, queries) if setup.teacher else (),
+        agreements=_agreements(systems, components, setup.teacher, queries) if setup.teacher else (),
         seed=setup.seed,
     )
     write_qrels(out / QRELS_TXT, qrels)
@@ -272,12 +271,12 @@ def _measure(
 
 
 def _agreements(
-    systems: Mapping[str, System], runs: Mapping[str, Run], teacher: str, queries: Mapping[str, str]
+    systems: Mapping[str, System], components: Mapping[str, Component], teacher: str, queries: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Compare every system's rankings, and vectors where they share a space, with the teacher's."""
-    original = systems[teacher]
+    original, wanted = systems[teacher], components[teacher]
     entries = []
-    for reference, run in runs.items():
+    for reference, component in components.items():
         if reference == teacher:
             continue
         near, copy = None, systems[reference]
@@ -286,7 +285,8 @@ def _agreements(
             if cards[0].space_fingerprint == cards[1].space_fingerprint:
                 texts = list(queries.values())
                 near = cosines(copy.encoder.encode(texts, "query"), original.encoder.encode(texts, "query"))
-        entries.append(agreement_entry(copy.name, original.name, fidelity(run, runs[teacher]), near))
+        agreement = fidelity(component.shaped, wanted.shaped)
+        entries.append(agreement_entry(component.name, wanted.name, agreement, near))
     return entries
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytrec_eval
-from tiny import WORDS, tiny_collection_folder
+from tiny import WORDS, tiny_collection_folder, tiny_cross_encoder_folder
 
 from eval.dense import encoded, truncated_corpus
 from eval.specs import SystemSpec
@@ -179,6 +179,25 @@ def test_self_matches_and_passages_reach_the_notes(tiny: Path, tmp_path: Path) -
     assert len(report["notes"]) == 2
     run = read_trec(next((tmp_path / "out/runs").iterdir()))
     assert not any("#" in doc_id for ranking in run.values() for doc_id in ranking.doc_ids)
+
+
+def test_passages_and_documents_are_fused_by_document(tiny: Path, tmp_path: Path) -> None:
+    """Fused by their ids, a passage and its document would not meet, and each would count as found by one system."""
+    collection, setup = tiny / "tiny-collection", Setup(timed=0, maxp=True)
+    _run(tiny, tmp_path / "first", [collection], "one=bm25", setup=setup)
+    model = tiny_cross_encoder_folder(tmp_path / "cross-encoder")
+    systems = (
+        "one=bm25", f"file=run:{tmp_path / 'first/runs/one.trec'}", "both=rrf:one+file", "same=rrf:both+one",
+        f"passages=rerank:{model},over=one,depth=5", f"documents=rerank:{model},over=both,depth=5",
+    )  # fmt: skip
+    (report,) = _run(tiny, tmp_path / "out", [collection], *systems, setup=setup)
+    one, both = (read_trec(tmp_path / f"out/runs/{name}.trec") for name in ("one", "both"))
+    assert {query: ranking.doc_ids for query, ranking in both.items()} == {
+        query: ranking.doc_ids for query, ranking in one.items()
+    }
+    means = _means(report)
+    assert means["one"] == means["both"] == means["same"]
+    assert set(means) > {"passages", "documents"}
 
 
 @pytest.mark.parametrize(
