@@ -15,10 +15,11 @@ from eval.latency import Latency, encode_latency, latency
 from eval.measures import evaluate, require_measurable
 from eval.results import Facts, SystemResult
 from retrieval_kd.collections.base import Collection, Qrels
+from retrieval_kd.collections.msmarco import is_msmarco_run, read_run
 from retrieval_kd.encoders.base import Encoder
 from retrieval_kd.errors import DataError
 from retrieval_kd.progress import progress, silence
-from retrieval_kd.runs import Ranking, Run, Scores, rank, read_trec
+from retrieval_kd.runs import Ranking, Run, Scores, rank
 
 if TYPE_CHECKING:
     from index.search import Searcher
@@ -316,13 +317,13 @@ class RunSystem:
 
     @classmethod
     def read(cls, name: str, path: Path, collection: Collection, qrels: Qrels) -> RunSystem:
-        """Read a TREC run and check that it speaks of this collection and split.
+        """Read a run, TREC's or MS MARCO's, and check that it speaks of this collection and split.
 
         Raises:
             DataError: the file is malformed, answers a query that the split does not judge, or ranks a
                 document that the collection does not have; names file and line.
         """
-        run = read_trec(path)
+        run = read_run(path)
         for query_id in run:
             if query_id not in qrels:
                 raise DataError(
@@ -331,9 +332,9 @@ class RunSystem:
                 )
         unknown = _unknown_documents(run, collection)
         if unknown:
-            doc_id = min(unknown)
+            doc_id, column = min(unknown), 1 if is_msmarco_run(path) else 2
             raise DataError(
-                f"{path}:{_line_of(path, 2, doc_id)}: document {doc_id!r} is not in {collection.name} "
+                f"{path}:{_line_of(path, column, doc_id)}: document {doc_id!r} is not in {collection.name} "
                 f"({len(unknown)} unknown in all); give a run over the same corpus"
             )
         return cls(name, run)

@@ -78,7 +78,9 @@ Rerank = Annotated[
 RerankDepth = Annotated[int, typer.Option("--rerank-depth", min=1, help="How many documents --rerank scores.")]
 RerankLength = Annotated[int, typer.Option("--rerank-length", min=8, help="Longest pair it reads, in tokens.")]
 Server = Annotated[str | None, typer.Option("--server", help="Short for --system server, at HOST:PORT.")]
-RunFile = Annotated[list[Path] | None, typer.Option("--run", help="Short for --system run: a TREC run file.")]
+RunFile = Annotated[
+    list[Path] | None, typer.Option("--run", help="Short for --system run: a run file, TREC's or MS MARCO's.")
+]
 Depth = Annotated[
     int | None,
     typer.Option(
@@ -180,13 +182,11 @@ def msmarco(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure systems on MS MARCO's files: RR@10 and R@1000; on dl19 and dl20 graded nDCG@10 and RR(rel=2)."""
+    """Measure systems on MS MARCO: RR@10 and R@1000; on TREC's graded sets nDCG@10, and RR from their own cut."""
     from eval.suite import Setup
-    from retrieval_kd.collections.msmarco import TREC_DL_SPLITS
 
-    usual = ("nDCG@10", "RR(rel=2)", "R(rel=2)@1000") if split in TREC_DL_SPLITS else ("RR@10", "R@1000")
     specs = _specs(system, bm25, index, encoder, rerank, rerank_depth, rerank_length, server, run)
-    measures = tuple(measure or usual)
+    measures = tuple(measure or _usual_measures(collections, split))
     setup = Setup(
         split=split,
         measures=measures,
@@ -344,6 +344,19 @@ def bench(
         typer.echo(json.dumps(written, ensure_ascii=False))
     else:
         typer.echo(f"{format_report(written)}\n\n{format_costs(written)}")
+
+
+def _usual_measures(collections: Sequence[str], split: str) -> tuple[str, ...]:
+    from retrieval_kd.collections.msmarco import usual_measures
+    from retrieval_kd.errors import DataError
+
+    first, *others = {usual_measures(collection, split): collection for collection in collections}.items()
+    if others:
+        raise DataError(
+            f"{others[0][1]}: usually measured by {', '.join(others[0][0])}, {first[1]} by {', '.join(first[0])}; "
+            "name what you want of both with --measure"
+        )
+    return first[0]
 
 
 def _depth(given: int | None, measures: Sequence[str], least: int = 100) -> int:

@@ -70,7 +70,8 @@ class SourceSpec:
 
     Attributes:
         kind: ``bm25``; ``dense``, the nearest neighbours by an encoder; ``student``, those by the student that a
-            stage starts from, so that negatives are refreshed; ``run``, a TREC run over the training queries.
+            stage starts from, so that negatives are refreshed; ``run``, a run over the training queries, TREC's or
+            MS MARCO's.
         encoder: Of ``dense``: any encoder; the recipe's own when not named.
         stage: Of ``student``: the earlier stage whose result ranks; the student as the present stage starts when
             not named.

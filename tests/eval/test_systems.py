@@ -160,6 +160,16 @@ def test_a_bad_run_file_names_its_line(tmp_path: Path, row: str, message: str) -
         RunSystem.read("bad", path, Corpus(), QRELS)
 
 
+def test_a_bad_line_of_ms_marcos_format_is_named(tmp_path: Path) -> None:
+    """Looked for in TREC's column, the document would be taken for a rank, or not be found at all."""
+    path = tmp_path / "run.tsv"
+    path.write_text("q0\td2\t1\nq0\td9\t2\n")
+    with pytest.raises(DataError, match=r"run\.tsv:2: document 'd9' is not in toy"):
+        RunSystem.read("bad", path, Corpus(), QRELS)
+    path.write_text("q0\td2\t2\nq0\td1\t1\n")
+    assert RunSystem.read("good", path, Corpus(), QRELS).run(QUERIES, 5)["q0"].doc_ids == ("d1", "d2")
+
+
 class Client:
     """A server of the four documents, as the client shows it."""
 
