@@ -159,7 +159,7 @@ def run_suite(
             report = _measure(collection, ordered, setup, opener, where, command, announce)
             reports.append({**report, "group": part.group})
     if len(sets) > 1:
-        summary = summarise(reports)
+        summary = summarise(reports, setup.reference)
         names = [str(report["collection"]) for report in reports]
         with atomic_write(out / SUMMARY_HTML) as file:
             file.write(render_summary(summary, dict(zip(names, folders, strict=True))))
@@ -167,11 +167,15 @@ def run_suite(
     return reports
 
 
-def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(reports: Sequence[Mapping[str, Any]], reference: bool = False) -> dict[str, Any]:
     """Return each system's means on each set and over the sets, with the list of sets that was averaged.
 
     The collections of a group (CQADupStack) are averaged into one set first. A mean over sets weighs
     them alike, whatever their number of queries.
+
+    Args:
+        reports: The content of each ``report.json``, and the group it belongs to.
+        reference: Put published figures beside the measured ones.
 
     Raises:
         DataError: the reports do not have the same systems and measures.
@@ -207,7 +211,7 @@ def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for group, parts in groups.items()
         ],
         "systems": rows,
-        "reference": reference_means(reports),
+        "reference": reference_means(reports) if reference else [],
     }
 
 

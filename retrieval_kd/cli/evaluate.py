@@ -407,11 +407,13 @@ def _suite(
         folder = out or Path(scratch)
         reports = run_suite(collections, specs, setup, artifacts, folder, _command(), announce)
     if as_json:
-        typer.echo(json.dumps(reports[0] if len(reports) == 1 else summarise(reports), ensure_ascii=False))
+        typer.echo(
+            json.dumps(reports[0] if len(reports) == 1 else summarise(reports, setup.reference), ensure_ascii=False)
+        )
         return
     typer.echo("\n\n".join(format_report(report) for report in reports))
     if len(reports) > 1:
-        typer.echo(f"\n{format_summary(summarise(reports))}")
+        typer.echo(f"\n{format_summary(summarise(reports, setup.reference))}")
     if out is not None:
         typer.echo(f"\n{out / ('report.html' if len(reports) == 1 else 'summary.html')}")
 
