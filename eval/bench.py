@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 
 from eval.latency import Latency
-from eval.measures import evaluate, parse_measure
+from eval.measures import evaluate, require_measurable
 from eval.open_loop import OpenLoop, open_loop
-from eval.opening import Opener
+from eval.opening import Component, Opener
 from eval.report import write_report
 from eval.results import Facts, SystemResult
-from eval.specs import SystemSpec, in_order, needed
+from eval.shape import Shape
+from eval.specs import SystemSpec, in_order, needed, require_rerank_depth
 from eval.systems import BM25System, ServerSystem, System
 from retrieval_kd.artifacts import read_json, write_json
 from retrieval_kd.collections.base import Collection, split_queries
@@ -54,6 +55,7 @@ class Load:
         server_pid: The server's process, whose processor time and memory are summed with those of its workers;
             unknown when 0.
         seed: Seed of the sample and of the arrivals.
+        remove_self: Drop the document with the query's id; None does so for ArguAna and Quora.
     """
 
     calls: int = 200
@@ -64,6 +66,7 @@ class Load:
     seconds: float = 10.0
     server_pid: int = 0
     seed: int = 0
+    remove_self: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -112,21 +115,19 @@ def bench(
     Raises:
         RkdError: whatever is wrong with the collection or a system; a process that failed says why.
     """
-    for measure in measures:
-        parse_measure(measure)
+    require_measurable(measures, load.depth)
     ordered = in_order(specs)
     if not ordered:
         raise DataError("no system to bench; name --system (see --help)")
     opened = open_collection(CollectionSpec(collection, tuple(distractors)))
-    qrels = opened.qrels(split)
+    qrels, shape = opened.qrels(split), Shape.of(opened, load.remove_self)
     results = []
     for spec in ordered:
         announce(f"{opened.name}: bench {spec}")
         with tempfile.TemporaryDirectory() as scratch:
             _in_own_process(collection, split, ordered, spec, load, cache, Path(scratch), distractors)
             entry = read_json(Path(scratch) / _COST)
-            # Depth cuts R@100 and the like, so the measures are taken at what was retrieved.
-            run = read_trec(Path(scratch) / _RUN)
+            run = shape(read_trec(Path(scratch) / _RUN), load.depth)
         judged = evaluate(run, qrels, ["Judged@10"]).means["Judged@10"]
         evaluation = evaluate(run, qrels, measures)
         result = SystemResult.of(
@@ -146,6 +147,7 @@ def bench(
             "systems": {result.name: str(spec) for result, spec in zip(results, ordered, strict=True)},
             "bench": asdict(load),
         },
+        notes=shape.notes,
         seed=load.seed,
     )
 
@@ -165,16 +167,20 @@ def bench_one(
     os.sched_setaffinity(0, cores)
     opened = open_collection(CollectionSpec(collection, tuple(distractors)))
     queries, qrels = split_queries(opened, split), opened.qrels(split)
+    shape = Shape.of(opened, load.remove_self)
+    depth = shape.search_depth(load.depth)
     with contextlib.ExitStack() as stack:
         opener = Opener(cache, stack)
-        runs: dict[str, tuple[str, Run]] = {}
+        components: dict[str, Component] = {}
         *before, spec = needed(specs, reference)
         for component in before:
-            first = opener.open(component, opened, opened, qrels, runs)
-            deep = max([load.depth, *(other.integer("depth", 100) for other in [spec] if other.kind == "rerank")])
-            runs[component.reference] = (first.name, first.run(queries, deep))
-        system = opener.open(spec, opened, opened, qrels, runs)
-        cost, run, facts = measure_cost(system, queries, opened, replace(load, cores=cores))
+            require_rerank_depth(component, depth)
+            first = opener.open(component, opened, opened, qrels, components)
+            run = first.run(queries, depth)
+            components[component.reference] = Component(first.name, run, shape(run, load.depth))
+        require_rerank_depth(spec, depth)
+        system = opener.open(spec, opened, opened, qrels, components)
+        cost, run, facts = measure_cost(system, queries, opened, replace(load, cores=cores, depth=depth))
     write_trec(into / _RUN, {query_id: ranking for query_id, ranking in run.items() if len(ranking)}, "bench")
     write_json(into / _COST, {"name": system.name, "role": system.role, "facts": asdict(facts), "cost": asdict(cost)})
 

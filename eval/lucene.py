@@ -12,6 +12,9 @@ from typing import Any
 
 from eval.latency import latency
 from eval.results import Facts
+from eval.shape import Shape
+from eval.systems import require_known
+from retrieval_kd.collections.base import Collection
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Ranking, Run, rank
 
@@ -24,8 +27,17 @@ class LuceneSystem:
 
     role = "bm25"
 
-    def __init__(self, index: str, k1: float = 0.9, b: float = 0.4) -> None:
+    def __init__(
+        self, index: str, documents: Collection, k1: float = 0.9, b: float = 0.4, passages: bool = False
+    ) -> None:
         """Open an index.
+
+        Args:
+            index: A folder, or a prebuilt index's name.
+            documents: The collection that every result must be of.
+            k1: BM25's saturation.
+            b: BM25's normalisation by length.
+            passages: Whether results may be passages ``document#number``, as of Anserini's segmented indexes.
 
         Raises:
             DataError: pyserini cannot run here (says what is missing), or there is no such index.
@@ -39,11 +51,17 @@ class LuceneSystem:
             raise DataError(f"pyserini: {index!r} is neither a folder nor a prebuilt index")
         self._searcher.set_bm25(k1, b)
         self.name = f"BM25 (Anserini, {index}, k1 {k1:g}, b {b:g})"
+        self._documents = documents
+        self._passages = passages
 
     def run(self, queries: Mapping[str, str], depth: int) -> Run:
         """Search with as many threads as pyserini takes."""
         found = self._searcher.batch_search(list(queries.values()), list(queries), k=depth, threads=1)
-        return {query_id: _ranking(hits) for query_id, hits in found.items()}
+        run = {query_id: _ranking(hits) for query_id, hits in found.items()}
+        # A single query is a timed one: its whole run was checked before.
+        if len(queries) > 1:
+            require_known(f"index {self.name!r}", Shape(maxp=self._passages)(run, depth), self._documents)
+        return run
 
     def facts(self, queries: Mapping[str, str], depth: int) -> Facts:
         """Time single queries, Java's share included."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import ir_measures
@@ -107,6 +107,26 @@ def parse_measure(name: str) -> ir_measures.Measure:
     if not computable:
         raise DataError(f"measure {name!r}: nothing installed computes it; see ir_measures for its provider")
     return measure
+
+
+def deepest(measures: Iterable[str]) -> int:
+    """Return the largest cut-off of some measures, 0 where none has one."""
+    return max((parse_measure(name).params.get("cutoff", 0) for name in measures), default=0)
+
+
+def require_measurable(measures: Iterable[str], depth: int) -> None:
+    """Refuse measures that cannot be computed, or that would be those of a smaller cut-off under a wrong name.
+
+    Raises:
+        DataError: see :func:`parse_measure`; or a measure looks deeper than the ``depth`` documents retrieved.
+    """
+    for name in measures:
+        cutoff = deepest([name])
+        if cutoff > depth:
+            raise DataError(
+                f"measure {name!r} needs {cutoff} documents a query, {depth} are retrieved; "
+                f"raise the depth to {cutoff} or name other measures"
+            )
 
 
 def _suggestion(name: str) -> str:

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from eval.dense import DenseSystem, encoded, truncated_corpus
 from eval.fusion import FusedSystem, Normalisation
+from eval.shape import of_passages
 from eval.specs import SystemSpec
 from eval.systems import (
     BM25System,
@@ -42,6 +43,20 @@ _RERANK_DEPTH = 100
 _RERANK_LENGTH = 192
 
 
+class Component(NamedTuple):
+    """What a system opened before has given, for those that start from it.
+
+    Attributes:
+        name: What tables print.
+        run: Its rankings as it searched: of passages, under MaxP.
+        shaped: Its rankings as they are measured: always of documents.
+    """
+
+    name: str
+    run: Run
+    shaped: Run
+
+
 class Opener:
     """Opens systems; a model is loaded once, a corpus encoded once, a pair scored once."""
 
@@ -59,7 +74,7 @@ class Opener:
         collection: Collection,
         documents: Collection,
         qrels: Qrels,
-        runs: Mapping[str, tuple[str, Run]],
+        components: Mapping[str, Component],
     ) -> System:
         """Open one system on a collection.
 
@@ -68,7 +83,7 @@ class Opener:
             collection: What is searched: documents, or their passages.
             documents: The documents themselves, which run files rank.
             qrels: The judgements, whose queries a run file must answer.
-            runs: Reference of each system opened before to its name and run.
+            components: What each system opened before has given, by its reference.
 
         Raises:
             RkdError: whatever is wrong with the system.
@@ -94,11 +109,12 @@ class Opener:
                 from eval.lucene import LuceneSystem
 
                 (k1,), (b,) = spec.numbers("k1", "0.9"), spec.numbers("b", "0.4")
-                system = LuceneSystem(spec.target, k1, b)
+                system = LuceneSystem(spec.target, documents, k1, b, passages=collection is not documents)
             case "rerank":
-                system = self._rerank(spec, collection, *runs[spec.components[0]])
+                first = components[spec.components[0]]
+                system = self._rerank(spec, collection if of_passages(first.run) else documents, first.name, first.run)
             case _:
-                system = self._fused(spec, runs)
+                system = self._fused(spec, components)
         if spec.name:
             # Every system is a small object of its own, so the name can be given after it was opened.
             system = _renamed(system, spec.name)
@@ -190,9 +206,11 @@ class Opener:
         }
         return ScoredRerank(name, scored, timed)
 
-    def _fused(self, spec: SystemSpec, runs: Mapping[str, tuple[str, Run]]) -> System:
-        names, parts = zip(*(runs[component] for component in spec.components), strict=True)
-        joined = " + ".join(names)
+    def _fused(self, spec: SystemSpec, components: Mapping[str, Component]) -> System:
+        fused = [components[reference] for reference in spec.components]
+        # One run may rank passages and another documents: only as they are measured do their ids mean the same.
+        parts = [component.shaped for component in fused]
+        joined = " + ".join(component.name for component in fused)
         if spec.kind == "rrf":
             k = spec.integer("k", 60)
             return FusedSystem(f"RRF of {joined}, k {k}", parts, k)
@@ -215,10 +233,13 @@ def _tops(run: Run, depth: int) -> dict[str, Any]:
 
 
 def _renamed(system: System, name: str) -> System:
-    if isinstance(system, (BM25System, DenseSystem, IndexSystem)):
-        system.name = name
-        return system
-    return cast("System", replace(cast("Any", system), name=name))
+    # The protocol lets a name be read only.
+    opened: Any = system
+    if is_dataclass(opened):
+        opened = replace(cast("Any", opened), name=name)
+    else:
+        opened.name = name
+    return cast("System", opened)
 
 
 def _open_encoder(model: str, spec: SystemSpec | None, options: Mapping[str, str]) -> Encoder:

@@ -21,6 +21,7 @@ _ALIASES = {
     "webis-touche2020": "touche2020",
     "irds:beir/dbpedia-entity/test": "dbpedia",
     "irds:beir/webis-touche2020/v2": "touche2020",
+    "irds:beir/cqadupstack": "cqadupstack",
     **{f"irds:beir/{name}": name for name in ("arguana", "climate-fever", "nq", "scidocs", "trec-covid")},
     **{
         f"irds:beir/{name}{part}": name
@@ -28,6 +29,16 @@ _ALIASES = {
         for part in ("", "/test")
     },
 }
+
+# A published figure of a group is the mean over all of these and of nothing else.
+_GROUPS = {
+    "cqadupstack": frozenset(
+        {
+            "android", "english", "gaming", "gis", "mathematica", "physics",
+            "programmers", "stats", "tex", "unix", "webmasters", "wordpress",
+        }
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,18 +84,32 @@ def reference_rows(collection: str, split: str, measures: Sequence[str]) -> list
     return [asdict(row) for row in sorted(found, key=lambda p: (measures.index(p.measure), -p.value, p.system))]
 
 
+def group_rows(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the published figures of a group, such as CQADupStack, from the reports on its collections.
+
+    There are none unless every collection of the group is there, without distractors.
+    """
+    first = reports[0]
+    group = str(first["group"]).casefold()
+    name = _ALIASES.get(group, group)
+    members = frozenset(str(report["collection"]).casefold().rpartition("/")[2] for report in reports)
+    return reference_rows(name, first["split"], first["measures"]) if members == _GROUPS.get(name) else []
+
+
 def reference_means(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return each published system's figures over several reports' sets.
 
     A mean is given only where a system has a figure for every set: a mean over fewer sets is another
     number, and the difference between set lists is larger than most differences between systems.
     """
-    by_system: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    sets: dict[str, list[Mapping[str, Any]]] = {}
     for report in reports:
-        for row in report.get("reference", ()):
+        sets.setdefault(_set_name(report), []).append(report)
+    by_system: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for name, parts in sets.items():
+        for row in group_rows(parts) if parts[0].get("group") else parts[0].get("reference", ()):
             values = by_system.setdefault((row["system"], row["source"]), {})
-            values.setdefault(row["measure"], {})[_set_name(report)] = row["value"]
-    sets = list(dict.fromkeys(_set_name(report) for report in reports))
+            values.setdefault(row["measure"], {})[name] = row["value"]
     rows = []
     for (system, source), measures in by_system.items():
         means = {

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,14 @@ FORMAT_VERSION = 1
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 _MEASURERS = ("ir-measures", "pytrec-eval-terrier", "scipy")
+# What makes two entries of reports' lists the same one; a note is itself.
+_SAME: Mapping[str, tuple[str, ...]] = {
+    "systems": ("name",),
+    "comparisons": ("system", "baseline", "measure"),
+    "agreements": ("student", "teacher"),
+    "reference": ("system", "measure", "source"),
+    "notes": (),
+}
 
 
 def write_report(
@@ -111,28 +119,89 @@ def versions() -> dict[str, str]:
 def merge_reports(folders: Sequence[Path]) -> dict[str, Any]:
     """Put the systems of several reports of one collection and split into one.
 
-    A system that stands in more than one report (BM25, say) is taken from the first.
+    A system of the same name and values in more than one report (BM25, say) is taken from the first; where values
+    differ, every such row has its folder in its name. Tests stay against the baseline of their own report, corrected
+    over the systems that were in it.
 
     Raises:
         DataError: a folder without a report, or reports of different collections, splits, measures or
             corpus sizes, whose rows may not stand in one table; names the folder.
     """
-    merged: dict[str, Any] = {}
-    for folder in folders:
-        report = _read_report(folder)
-        if not merged:
-            merged = {**report, "notes": list(report["notes"]), "systems": list(report["systems"])}
-            continue
-        for key in ("collection", "split", "measures", "documents"):
-            if report[key] != merged[key]:
-                raise DataError(
-                    f"{folder / REPORT_JSON}: {key} is {report[key]!r}, in {folders[0]} it is {merged[key]!r}; "
-                    "merge reports of the same evaluation"
-                )
-        known = {system["name"] for system in merged["systems"]}
-        merged["systems"].extend(system for system in report["systems"] if system["name"] not in known)
-        merged["notes"].extend(note for note in report["notes"] if note not in merged["notes"])
+    reports = [_read_report(folder) for folder in folders]
+    for folder, report in zip(folders[1:], reports[1:], strict=True):
+        _require_same_evaluation(folders[0], reports[0], folder, report)
+    reports = _told_apart(folders, reports)
+    lists = {key: _union(reports, key, same) for key, same in _SAME.items()}
+    tables = {key: _first_of_each(report.get(key, {}) for report in reports) for key in ("per_query", "training")}
+    systems = _first_of_each(report["provenance"].get("systems", {}) for report in reports)
+    provenance = {**reports[0]["provenance"], "systems": systems, "reports": [str(folder) for folder in folders]}
+    return {**reports[0], **lists, **tables, "provenance": provenance}
+
+
+def _union(reports: Sequence[Mapping[str, Any]], key: str, same: Sequence[str]) -> list[Any]:
+    entries = [entry for report in reports for entry in report.get(key, ())]
+    return list(_first_of_each({tuple(entry[part] for part in same) or entry: entry} for entry in entries).values())
+
+
+def _first_of_each(tables: Iterable[Mapping[Any, Any]]) -> dict[Any, Any]:
+    merged: dict[Any, Any] = {}
+    for table in tables:
+        for key, value in table.items():
+            merged.setdefault(key, value)
     return merged
+
+
+def _require_same_evaluation(one: Path, first: Mapping[str, Any], other: Path, report: Mapping[str, Any]) -> None:
+    for key in ("collection", "split", "measures", "documents"):
+        if report[key] != first[key]:
+            raise DataError(
+                f"{other / REPORT_JSON}: {key} is {report[key]!r}, in {one} it is {first[key]!r}; "
+                "merge reports of the same evaluation"
+            )
+    prints = [document["provenance"].get("collection") for document in (first, report)]
+    if None not in prints and prints[0] != prints[1]:
+        raise DataError(
+            f"{other / REPORT_JSON}: collection {report['collection']!r} had other content than in {one} "
+            f"(fingerprints {prints[1][:12]} and {prints[0][:12]}); evaluate both on the same files"
+        )
+
+
+def _told_apart(folders: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the reports, systems that share a name and not their values renamed after their folder."""
+    values: dict[str, set[tuple[float, ...]]] = {}
+    for report in reports:
+        for system in report["systems"]:
+            values.setdefault(system["name"], set()).add(tuple(system[measure] for measure in report["measures"]))
+    differing = [name for name, found in values.items() if len(found) > 1]
+    return [
+        _with_names(report, {name: f"{name} ({folder})" for name in differing})
+        for folder, report in zip(folders, reports, strict=True)
+    ]
+
+
+def _with_names(report: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return a report that calls some systems by new names, wherever it speaks of them."""
+
+    def entries(key: str, *fields: str) -> list[dict[str, Any]]:
+        return [
+            {**entry, **{field: names.get(entry[field], entry[field]) for field in fields}}
+            for entry in report.get(key, ())
+        ]
+
+    def table(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in of.items()}
+
+    provenance = report["provenance"]
+    return {
+        **report,
+        "systems": entries("systems", "name"),
+        "comparisons": entries("comparisons", "system", "baseline"),
+        "agreements": entries("agreements", "student", "teacher"),
+        "baseline": names.get(report["baseline"], report["baseline"]),
+        "per_query": table(report.get("per_query", {})),
+        "training": table(report["training"]),
+        "provenance": {**provenance, "systems": table(provenance.get("systems", {}))},
+    }
 
 
 def _read_report(folder: Path) -> dict[str, Any]:

@@ -10,11 +10,14 @@ import numpy as np
 
 from retrieval_kd.artifacts import fingerprint
 from retrieval_kd.collections.base import Collection, Document, Qrels
+from retrieval_kd.collections.joined import JoinedCollection
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Ranking, Run, rank
 
 # BEIR's tasks whose queries stand in the corpus under their own ids.
-_SELF_MATCHING = frozenset({"arguana", "quora", "irds:beir/arguana", "irds:beir/quora", "irds:beir/quora/test"})
+_SELF_MATCHING = frozenset(
+    {"arguana", "quora", "irds:beir/arguana", "irds:beir/quora", "irds:beir/quora/dev", "irds:beir/quora/test"}
+)
 _SEPARATOR = "#"
 _PASSAGES_PER_DOCUMENT = 10
 
@@ -37,6 +40,28 @@ class Shape:
 
     remove_self: bool = False
     maxp: bool = False
+
+    @classmethod
+    def of(cls, collection: Collection, remove_self: bool | None = None, maxp: bool = False) -> Shape:
+        """Return how a collection's rankings are shaped; distractors leave its queries in its corpus.
+
+        Args:
+            collection: What is measured, joined by distractors or not.
+            remove_self: None does what :func:`matches_itself` says of the collection.
+            maxp: Whether passages are searched.
+        """
+        base = collection.base if isinstance(collection, JoinedCollection) else collection
+        return cls(matches_itself(base.name) if remove_self is None else remove_self, maxp)
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what a report says of the shape: figures after such a step do not compare with those before it."""
+        notes = []
+        if self.remove_self:
+            notes.append("Documents with the query's own id were removed from every ranking.")
+        if self.maxp:
+            notes.append("Passages were searched; a document has its best passage's score (MaxP).")
+        return notes
 
     def search_depth(self, depth: int) -> int:
         """Return how many results a system must give so that ``depth`` documents are left."""
@@ -62,6 +87,11 @@ def best_passages(ranking: Ranking) -> Ranking:
     for passage_id, score in zip(ranking.doc_ids, ranking.scores.tolist(), strict=True):
         best.setdefault(passage_id.rpartition(_SEPARATOR)[0] or passage_id, score)
     return rank(list(best), list(best.values()))
+
+
+def of_passages(run: Run) -> bool:
+    """Tell whether a run over :class:`Passages` ranks those and not documents, whose ids have no separator."""
+    return any(_SEPARATOR in doc_id for ranking in run.values() for doc_id in ranking.doc_ids)
 
 
 class Passages:

@@ -150,5 +150,15 @@ def needed(specs: Sequence[SystemSpec], reference: str) -> list[SystemSpec]:
     return [spec for spec in specs if spec.reference in wanted]
 
 
+def require_rerank_depth(spec: SystemSpec, depth: int) -> None:
+    """Refuse a reranker that asks for more documents than its first stage gives it.
+
+    Raises:
+        DataError: its depth is more than ``depth``.
+    """
+    if spec.kind == "rerank" and spec.integer("depth", min(depth, 100)) > depth:
+        raise DataError(f"--system {spec}: depth is more than the {depth} documents retrieved; raise --depth")
+
+
 def _known(key: str, options: Sequence[str]) -> str:
     return did_you_mean(key, options) if options else "; it has none"

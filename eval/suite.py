@@ -12,15 +12,15 @@ from typing import Any
 
 from eval.dense import DenseSystem
 from eval.fidelity import agreement_entry, cosines, fidelity, require_retrieval
-from eval.measures import parse_measure
-from eval.opening import Opener
+from eval.measures import require_measurable
+from eval.opening import Component, Opener
 from eval.page import render_summary
 from eval.reference import reference_means, reference_rows
 from eval.report import write_report
 from eval.results import SystemResult
-from eval.shape import Passages, Shape, matches_itself
+from eval.shape import Passages, Shape
 from eval.significance import compare
-from eval.specs import SystemSpec, in_order
+from eval.specs import SystemSpec, in_order, require_rerank_depth
 from eval.systems import System, judge
 from retrieval_kd.artifacts import atomic_write, write_json
 from retrieval_kd.collections import beir, msmarco
@@ -29,7 +29,7 @@ from retrieval_kd.collections.irds import PREFIX
 from retrieval_kd.collections.open import open_collection
 from retrieval_kd.errors import DataError, did_you_mean
 from retrieval_kd.recipes.schema import CollectionSpec
-from retrieval_kd.runs import Run, write_qrels
+from retrieval_kd.runs import write_qrels
 
 SUMMARY_JSON = "summary.json"
 SUMMARY_HTML = "summary.html"
@@ -102,6 +102,16 @@ def _expand_irds(path: str) -> list[Set]:
     return [Set(PREFIX + part, path) for part in parts] or [Set(path, "")]
 
 
+def joined(path: str, distractors: Sequence[str]) -> Collection:
+    """Open a collection with its distractors; one that is the collection itself does not join it.
+
+    Raises:
+        DataError: see :func:`retrieval_kd.collections.open.open_collection`.
+    """
+    others = tuple(other for other in distractors if not _same(other, path))
+    return open_collection(CollectionSpec(path, others))
+
+
 def run_suite(
     collections: Sequence[str],
     specs: Sequence[SystemSpec],
@@ -132,8 +142,7 @@ def run_suite(
         RkdError: whatever is wrong with a collection, a system or a measure, before anything slow where
             that can be known.
     """
-    for measure in setup.measures:
-        parse_measure(measure)
+    require_measurable(setup.measures, setup.depth)
     if not specs:
         raise DataError(
             "no system to measure; name --system (see --help), --bm25, --index, --rerank, --server or --run"
@@ -145,13 +154,12 @@ def run_suite(
         opener = Opener(cache, stack)
         folders = _folders([part.path for part in sets])
         for part, folder in zip(sets, folders, strict=True):
-            others = tuple(path for path in setup.distractors if not _same(path, part.path))
-            collection = open_collection(CollectionSpec(part.path, others))
+            collection = joined(part.path, setup.distractors)
             where = out if len(sets) == 1 else out / folder
             report = _measure(collection, ordered, setup, opener, where, command, announce)
             reports.append({**report, "group": part.group})
     if len(sets) > 1:
-        summary = summarise(reports)
+        summary = summarise(reports, setup.reference)
         names = [str(report["collection"]) for report in reports]
         with atomic_write(out / SUMMARY_HTML) as file:
             file.write(render_summary(summary, dict(zip(names, folders, strict=True))))
@@ -159,11 +167,15 @@ def run_suite(
     return reports
 
 
-def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(reports: Sequence[Mapping[str, Any]], reference: bool = False) -> dict[str, Any]:
     """Return each system's means on each set and over the sets, with the list of sets that was averaged.
 
     The collections of a group (CQADupStack) are averaged into one set first. A mean over sets weighs
     them alike, whatever their number of queries.
+
+    Args:
+        reports: The content of each ``report.json``, and the group it belongs to.
+        reference: Put published figures beside the measured ones.
 
     Raises:
         DataError: the reports do not have the same systems and measures.
@@ -199,7 +211,7 @@ def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for group, parts in groups.items()
         ],
         "systems": rows,
-        "reference": reference_means(reports),
+        "reference": reference_means(reports) if reference else [],
     }
 
 
@@ -213,27 +225,25 @@ def _measure(
     announce: Callable[[str], None],
 ) -> dict[str, Any]:
     queries, qrels = split_queries(collection, setup.split), collection.qrels(setup.split)
-    remove_self = matches_itself(collection.name) if setup.remove_self is None else setup.remove_self
-    shape = Shape(remove_self, setup.maxp)
+    shape = Shape.of(collection, setup.remove_self, setup.maxp)
     searched: Collection = Passages(collection) if setup.maxp else collection
     for role, reference in (("baseline", setup.baseline), ("teacher", setup.teacher)):
         if reference and reference not in {spec.reference for spec in specs}:
             known = [spec.reference for spec in specs]
             raise DataError(f"{role} {reference!r} is not among the systems{did_you_mean(reference, known)}")
-    runs: dict[str, tuple[str, Run]] = {}
+    components: dict[str, Component] = {}
     systems: dict[str, System] = {}
     results: list[SystemResult] = []
     depth = shape.search_depth(setup.depth)
     for spec in specs:
-        _require_depth(spec, depth)
+        require_rerank_depth(spec, depth)
         announce(f"{collection.name}: {spec}")
-        system = opener.open(spec, searched, collection, qrels, runs)
+        system = opener.open(spec, searched, collection, qrels, components)
         run = system.run(queries, depth)
-        runs[spec.reference] = (system.name, run)
+        measured = shape(run, setup.depth)
+        components[spec.reference] = Component(system.name, run, measured)
         systems[spec.reference] = system
-        results.append(
-            judge(system, shape(run, setup.depth), queries, qrels, setup.measures, setup.depth, setup.seed, setup.timed)
-        )
+        results.append(judge(system, measured, queries, qrels, setup.measures, setup.depth, setup.seed, setup.timed))
     names = {spec.reference: result.name for spec, result in zip(specs, results, strict=True)}
     baseline = names.get(setup.baseline or setup.teacher, results[0].name) if len(results) > 1 else None
     written = write_report(
@@ -251,9 +261,9 @@ def _measure(
                 for spec, result in zip(specs, results, strict=True)
             },
         },
-        notes=_notes(shape),
+        notes=shape.notes,
         reference=reference_rows(collection.name, setup.split, setup.measures) if setup.reference else (),
-        agreements=_agreements(systems, runs, setup.teacher, queries) if setup.teacher else (),
+        agreements=_agreements(systems, components, setup.teacher, queries) if setup.teacher else (),
         seed=setup.seed,
     )
     write_qrels(out / QRELS_TXT, qrels)
@@ -265,13 +275,12 @@ def _measure(
 
 
 def _agreements(
-    systems: Mapping[str, System], runs: Mapping[str, tuple[str, Run]], teacher: str, queries: Mapping[str, str]
+    systems: Mapping[str, System], components: Mapping[str, Component], teacher: str, queries: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Compare every system's rankings, and vectors where they share a space, with the teacher's."""
-    name, wanted = runs[teacher]
-    original = systems[teacher]
+    original, wanted = systems[teacher], components[teacher]
     entries = []
-    for reference, (student, run) in runs.items():
+    for reference, component in components.items():
         if reference == teacher:
             continue
         near, copy = None, systems[reference]
@@ -280,22 +289,9 @@ def _agreements(
             if cards[0].space_fingerprint == cards[1].space_fingerprint:
                 texts = list(queries.values())
                 near = cosines(copy.encoder.encode(texts, "query"), original.encoder.encode(texts, "query"))
-        entries.append(agreement_entry(student, name, fidelity(run, wanted), near))
+        agreement = fidelity(component.shaped, wanted.shaped)
+        entries.append(agreement_entry(component.name, wanted.name, agreement, near))
     return entries
-
-
-def _require_depth(spec: SystemSpec, depth: int) -> None:
-    if spec.kind == "rerank" and spec.integer("depth", min(depth, 100)) > depth:
-        raise DataError(f"--system {spec}: depth is more than the {depth} documents retrieved; raise --depth")
-
-
-def _notes(shape: Shape) -> list[str]:
-    notes = []
-    if shape.remove_self:
-        notes.append("Documents with the query's own id were removed from every ranking.")
-    if shape.maxp:
-        notes.append("Passages were searched; a document has its best passage's score (MaxP).")
-    return notes
 
 
 def _folders(paths: Sequence[str]) -> list[str]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from eval.latency import Latency, encode_latency, latency
-from eval.measures import evaluate, parse_measure
+from eval.measures import evaluate, require_measurable
 from eval.results import Facts, SystemResult
 from retrieval_kd.collections.base import Collection, Qrels
+from retrieval_kd.collections.msmarco import is_msmarco_run, read_run
 from retrieval_kd.encoders.base import Encoder
 from retrieval_kd.errors import DataError
 from retrieval_kd.progress import progress, silence
-from retrieval_kd.runs import Ranking, Run, Scores, rank, read_trec
+from retrieval_kd.runs import Ranking, Run, Scores, rank
 
 if TYPE_CHECKING:
     from index.search import Searcher
@@ -68,8 +69,7 @@ def assess(
         timed: Most queries to time; 0 times nothing.
     """
     # Before the run: a misspelt name must not cost an hour of reranking.
-    for name in measures:
-        parse_measure(name)
+    require_measurable(measures, depth)
     return judge(system, system.run(queries, depth), queries, qrels, measures, depth, seed, timed)
 
 
@@ -153,7 +153,7 @@ class IndexSystem:
                 advance(len(block))
         # A single query is a timed one: its whole run was checked before.
         if self._collection is not None and len(queries) > 1:
-            _require_known(f"index {self.name!r}", run, self._collection)
+            require_known(f"index {self.name!r}", run, self._collection)
         return run
 
     def staged(self, text: str, depth: int) -> dict[str, float]:
@@ -274,7 +274,7 @@ class ServerSystem:
                 for query_id, result in zip(block, results, strict=True):
                     run[query_id] = rank([hit.doc_id for hit in result.hits], [hit.score for hit in result.hits])
                 advance(len(block))
-        _require_known(f"server {self.name!r}", run, self.collection)
+        require_known(f"server {self.name!r}", run, self.collection)
         return run
 
     def staged(self, text: str, depth: int) -> dict[str, float]:
@@ -317,13 +317,13 @@ class RunSystem:
 
     @classmethod
     def read(cls, name: str, path: Path, collection: Collection, qrels: Qrels) -> RunSystem:
-        """Read a TREC run and check that it speaks of this collection and split.
+        """Read a run, TREC's or MS MARCO's, and check that it speaks of this collection and split.
 
         Raises:
             DataError: the file is malformed, answers a query that the split does not judge, or ranks a
                 document that the collection does not have; names file and line.
         """
-        run = read_trec(path)
+        run = read_run(path)
         for query_id in run:
             if query_id not in qrels:
                 raise DataError(
@@ -332,9 +332,9 @@ class RunSystem:
                 )
         unknown = _unknown_documents(run, collection)
         if unknown:
-            doc_id = min(unknown)
+            doc_id, column = min(unknown), 1 if is_msmarco_run(path) else 2
             raise DataError(
-                f"{path}:{_line_of(path, 2, doc_id)}: document {doc_id!r} is not in {collection.name} "
+                f"{path}:{_line_of(path, column, doc_id)}: document {doc_id!r} is not in {collection.name} "
                 f"({len(unknown)} unknown in all); give a run over the same corpus"
             )
         return cls(name, run)
@@ -379,7 +379,12 @@ def _require_count(who: str, count: int, version: str, collection: Collection) -
         )
 
 
-def _require_known(who: str, run: Run, collection: Collection) -> None:
+def require_known(who: str, run: Run, collection: Collection) -> None:
+    """Refuse a run of another corpus.
+
+    Raises:
+        DataError: a ranked document that the collection does not have.
+    """
     unknown = _unknown_documents(run, collection)
     if unknown:
         raise DataError(

@@ -20,8 +20,9 @@ def format_report(report: Report) -> str:
     """Return a report as plain text: the table, what was averaged, and the notes."""
     notes = "".join(f"\n- {note}" for note in report["notes"])
     parts = [f"{_table(report['systems'], report['measures'])}\n{caption(report)}{notes}"]
-    if report.get("agreements"):
-        parts.append(_agreements(report["agreements"]))
+    agreements = report.get("agreements", ())
+    teachers = dict.fromkeys(entry["teacher"] for entry in agreements)
+    parts += [_agreements([entry for entry in agreements if entry["teacher"] == teacher]) for teacher in teachers]
     if report.get("reference"):
         rows = [[row["system"], row["measure"], f"{row['value']:.4g}", row["source"]] for row in report["reference"]]
         parts.append(plain_table(["published, not measured here", "measure", "figure", "source"], rows))

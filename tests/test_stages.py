@@ -136,6 +136,10 @@ def test_a_given_run_is_a_source(tiny: Path, tmp_path: Path) -> None:
     own = workspace(tiny, *common, "candidates.sources=[bm25]").last
     assert given.candidates == own.candidates
     assert set(given.mined.summary["kept"]) == {f"run {tmp_path / 'given.trec'}"}
+    lines = [f"{query_id}\t{doc_id}\n" for query_id, ranking in train.items() for doc_id in ranking.doc_ids]
+    (tmp_path / "top1000.tsv").write_text("".join(lines))
+    published = workspace(tiny, *common, f"candidates.sources=[{{kind: run, path: {tmp_path / 'top1000.tsv'}}}]").last
+    assert published.candidates == own.candidates
     write_trec(tmp_path / "given.trec", {"nobody": train["q0-2"]}, "given")
     stranger = workspace(tiny, *common, f"candidates.sources=[{{kind: run, path: {tmp_path / 'given.trec'}}}]").last
     with pytest.raises(DataError, match="query 'nobody' is not in"):

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -77,8 +78,17 @@ Rerank = Annotated[
 RerankDepth = Annotated[int, typer.Option("--rerank-depth", min=1, help="How many documents --rerank scores.")]
 RerankLength = Annotated[int, typer.Option("--rerank-length", min=8, help="Longest pair it reads, in tokens.")]
 Server = Annotated[str | None, typer.Option("--server", help="Short for --system server, at HOST:PORT.")]
-RunFile = Annotated[list[Path] | None, typer.Option("--run", help="Short for --system run: a TREC run file.")]
-Depth = Annotated[int, typer.Option(min=1, help="Documents retrieved for each query.")]
+RunFile = Annotated[
+    list[Path] | None, typer.Option("--run", help="Short for --system run: a run file, TREC's or MS MARCO's.")
+]
+Depth = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        show_default=False,
+        help="Documents retrieved for each query; else 100 (MS MARCO's 1000), or what measures need.",
+    ),
+]
 Measures = Annotated[list[str] | None, typer.Option("--measure", help="An ir_measures name, such as nDCG@10.")]
 Baseline = Annotated[str, typer.Option(help="NAME of the system the others are tested against; else the first.")]
 Reference = Annotated[bool, typer.Option("--reference", help="Show published figures of the same collection.")]
@@ -113,7 +123,7 @@ def beir(
     rerank_length: RerankLength = 192,
     server: Server = None,
     run: RunFile = None,
-    depth: Depth = 100,
+    depth: Depth = None,
     measure: Measures = None,
     baseline: Baseline = "",
     reference: Reference = False,
@@ -130,10 +140,11 @@ def beir(
     from eval.suite import Setup
 
     specs = _specs(system, bm25, index, encoder, rerank, rerank_depth, rerank_length, server, run)
+    measures = tuple(measure or ("nDCG@10", "RR@10", "R@100"))
     setup = Setup(
         split=split,
-        measures=tuple(measure or ("nDCG@10", "RR@10", "R@100")),
-        depth=depth,
+        measures=measures,
+        depth=_depth(depth, measures),
         distractors=tuple(distractors or ()),
         remove_self=remove_self,
         timed=timed,
@@ -158,7 +169,7 @@ def msmarco(
     rerank_length: RerankLength = 192,
     server: Server = None,
     run: RunFile = None,
-    depth: Depth = 1000,
+    depth: Depth = None,
     measure: Measures = None,
     baseline: Baseline = "",
     reference: Reference = False,
@@ -171,16 +182,15 @@ def msmarco(
     out: Out = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure systems on MS MARCO's files: RR@10 and R@1000; on dl19 and dl20 graded nDCG@10 and RR(rel=2)."""
+    """Measure systems on MS MARCO: RR@10 and R@1000; on TREC's graded sets nDCG@10, and RR from their own cut."""
     from eval.suite import Setup
-    from retrieval_kd.collections.msmarco import TREC_DL_SPLITS
 
-    usual = ("nDCG@10", "RR(rel=2)", "R(rel=2)@1000") if split in TREC_DL_SPLITS else ("RR@10", "R@1000")
     specs = _specs(system, bm25, index, encoder, rerank, rerank_depth, rerank_length, server, run)
+    measures = tuple(measure or _usual_measures(collections, split))
     setup = Setup(
         split=split,
-        measures=tuple(measure or usual),
-        depth=depth,
+        measures=measures,
+        depth=_depth(depth, measures, least=1000),
         distractors=tuple(distractors or ()),
         maxp=maxp,
         timed=timed,
@@ -264,6 +274,7 @@ def compare(
     collection: Annotated[
         str | None, typer.Option(help="Show the queries that differ most, with the texts of this collection.")
     ] = None,
+    distractors: Distractors = None,
     split: Split = "test",
     show: Annotated[int, typer.Option(min=1, help="How many wins and how many losses to show.")] = 5,
     as_json: AsJson = False,
@@ -272,13 +283,15 @@ def compare(
     from dataclasses import asdict
 
     from eval.comparing import cases_json, compare_files, differing_queries, format_cases, format_comparisons
-    from retrieval_kd.collections import open_collection
-    from retrieval_kd.recipes.schema import CollectionSpec
+    from eval.suite import joined
+    from retrieval_kd.errors import DataError
 
+    if distractors and collection is None:
+        raise DataError("--distractors: they join a collection's corpus; name it with --collection")
     candidates, rows = compare_files(files, measure or (), baseline)
     listings = {}
     if collection is not None:
-        opened = open_collection(CollectionSpec(collection))
+        opened = joined(collection, distractors or ())
         by_name = {candidate.name: candidate for candidate in candidates}
         reference = by_name[rows[0].baseline]
         for name in dict.fromkeys(row.system for row in rows):
@@ -299,7 +312,7 @@ def bench(
     system: Systems = None,
     split: Split = "test",
     measure: Measures = None,
-    depth: Annotated[int, typer.Option(min=1, help="Documents retrieved for each query.")] = 100,
+    depth: Depth = None,
     calls: Annotated[int, typer.Option(min=1, help="Queries timed one by one.")] = 200,
     warmup: Annotated[int, typer.Option(min=0, help="Queries run before the clock counts.")] = 20,
     core: Annotated[list[int] | None, typer.Option("--core", min=0, help="Pin to this core; may be repeated.")] = None,
@@ -307,6 +320,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.1, help="Servers: how long they arrive.")] = 10.0,
     server_pid: Annotated[int, typer.Option(min=0, help="The server's process; its workers count too.")] = 0,
     distractors: Distractors = None,
+    remove_self: RemoveSelf = None,
     artifacts: Cache = ARTIFACTS,
     out: Out = None,
     as_json: AsJson = False,
@@ -317,9 +331,10 @@ def bench(
     from eval.specs import SystemSpec
     from eval.tables import format_costs, format_report
 
-    load = Load(calls, warmup, depth, tuple(core or ()), rate, seconds, server_pid)
-    specs = [SystemSpec.parse(text) for text in system or ()]
     measures = tuple(measure or ("nDCG@10", "RR@10"))
+    retrieved = _depth(depth, measures)
+    load = Load(calls, warmup, retrieved, tuple(core or ()), rate, seconds, server_pid, remove_self=remove_self)
+    specs = [SystemSpec.parse(text) for text in system or ()]
     with tempfile.TemporaryDirectory() as scratch:
         where = out or Path(scratch)
         written = run_bench(
@@ -329,6 +344,26 @@ def bench(
         typer.echo(json.dumps(written, ensure_ascii=False))
     else:
         typer.echo(f"{format_report(written)}\n\n{format_costs(written)}")
+
+
+def _usual_measures(collections: Sequence[str], split: str) -> tuple[str, ...]:
+    from retrieval_kd.collections.msmarco import usual_measures
+    from retrieval_kd.errors import DataError
+
+    first, *others = {usual_measures(collection, split): collection for collection in collections}.items()
+    if others:
+        raise DataError(
+            f"{others[0][1]}: usually measured by {', '.join(others[0][0])}, {first[1]} by {', '.join(first[0])}; "
+            "name what you want of both with --measure"
+        )
+    return first[0]
+
+
+def _depth(given: int | None, measures: Sequence[str], least: int = 100) -> int:
+    """Return the depth that was asked for, else one that no measure looks below."""
+    from eval.measures import deepest
+
+    return given or max(least, deepest(measures))
 
 
 def _specs(
@@ -372,11 +407,13 @@ def _suite(
         folder = out or Path(scratch)
         reports = run_suite(collections, specs, setup, artifacts, folder, _command(), announce)
     if as_json:
-        typer.echo(json.dumps(reports[0] if len(reports) == 1 else summarise(reports), ensure_ascii=False))
+        typer.echo(
+            json.dumps(reports[0] if len(reports) == 1 else summarise(reports, setup.reference), ensure_ascii=False)
+        )
         return
     typer.echo("\n\n".join(format_report(report) for report in reports))
     if len(reports) > 1:
-        typer.echo(f"\n{format_summary(summarise(reports))}")
+        typer.echo(f"\n{format_summary(summarise(reports, setup.reference))}")
     if out is not None:
         typer.echo(f"\n{out / ('report.html' if len(reports) == 1 else 'summary.html')}")
 

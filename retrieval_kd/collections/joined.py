@@ -50,6 +50,11 @@ class JoinedCollection:
         return fingerprint({"base": self._base.fingerprint, "distractors": self._distractor_fingerprints()})
 
     @property
+    def base(self) -> Collection:
+        """Return the collection whose queries and judgements these are."""
+        return self._base
+
+    @property
     def parts(self) -> list[tuple[str, Collection]]:
         """Return the corpora that are joined, each with the prefix of its ids; the base's is empty."""
         return [("", self._base), *self._distractors.items()]

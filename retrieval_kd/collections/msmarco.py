@@ -8,6 +8,7 @@ File formats: https://microsoft.github.io/msmarco/Datasets and https://microsoft
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -25,12 +26,15 @@ from retrieval_kd.collections.files import (
     require_split,
 )
 from retrieval_kd.errors import DataError
-from retrieval_kd.runs import Ranking, rank
+from retrieval_kd.runs import Ranking, rank, read_trec
 
 CORPUS = "collection.tsv"
 DOCUMENTS = "msmarco-docs.tsv"
 CORPORA = (CORPUS, DOCUMENTS)
 TREC_DL_SPLITS = ("dl19", "dl20")
+_TREC_DL = re.compile(r"irds:(msmarco-[^/]+/trec-dl-|beir/msmarco(/test)?$)")
+_RUN_COLUMNS = (2, 3, 4)
+_TREC_COLUMNS = 6
 _QUERIES = (
     "msmarco-test2019-queries.tsv",
     "msmarco-test2020-queries.tsv",
@@ -145,6 +149,42 @@ class MsMarcoCollection:
         return queries
 
 
+def usual_measures(collection: str, split: str) -> tuple[str, ...]:
+    """Return what is reported on a set of MS MARCO: a folder, or ``irds:`` and an id.
+
+    TREC's Deep Learning tracks judge in grades. Measures that know relevant and not relevant count a passage from
+    grade 2 and a document from grade 1, see the tracks' overviews (arXiv 2003.07820).
+    """
+    if not (split in TREC_DL_SPLITS or (split == "test" and _TREC_DL.match(collection))):
+        return ("RR@10", "R@1000")
+    if _is_of_documents(collection):
+        return ("nDCG@10", "RR", "R@1000")
+    return ("nDCG@10", "RR(rel=2)", "R(rel=2)@1000")
+
+
+def is_msmarco_run(path: Path) -> bool:
+    """Tell whether a file's first line has the columns of :func:`read_top1000`; what cannot be read has not."""
+    first = next(read_lines(path), None) if path.is_file() else None
+    return first is not None and len(first.text.split("\t")) in _RUN_COLUMNS
+
+
+def read_run(path: Path) -> dict[str, Ranking]:
+    """Read a TREC run, or one of MS MARCO's formats; the first line's columns decide.
+
+    Raises:
+        DataError: see :func:`retrieval_kd.runs.read_trec` and :func:`read_top1000`.
+    """
+    if is_msmarco_run(path):
+        return read_top1000(path)
+    first = next(read_lines(path), None) if path.is_file() else None
+    if first is not None and len(first.text.split()) != _TREC_COLUMNS:
+        raise DataError(
+            f"{first.where}: neither the 6 columns of a TREC run (query Q0 document rank score tag) nor, between tabs, "
+            "the 3 of MS MARCO's (query document rank) or the 2 or 4 of a top1000 file"
+        )
+    return read_trec(path)
+
+
 def read_top1000(path: Path) -> dict[str, Ranking]:
     """Read a ``top1000`` file or an MS MARCO run as a first stage's run.
 
@@ -162,7 +202,7 @@ def read_top1000(path: Path) -> dict[str, Ranking]:
     places: dict[str, dict[str, int]] = {}
     for line in read_lines(path):
         columns = line.text.split("\t")
-        if len(columns) not in (2, 3, 4):
+        if len(columns) not in _RUN_COLUMNS:
             raise DataError(
                 f"{line.where}: {len(columns)} columns; give query-id passage-id, a third with the rank, or the four "
                 "of a top1000 file, between tabs"
@@ -177,6 +217,13 @@ def read_top1000(path: Path) -> dict[str, Ranking]:
         query_id: rank(list(of_query), [1.0 / place for place in of_query.values()])
         for query_id, of_query in places.items()
     }
+
+
+def _is_of_documents(collection: str) -> bool:
+    folder = Path(collection)
+    return collection.startswith("irds:msmarco-document") or (
+        (folder / DOCUMENTS).is_file() and not (folder / CORPUS).is_file()
+    )
 
 
 def _rank(text: str, where: str) -> int:

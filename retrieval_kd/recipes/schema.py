@@ -70,7 +70,8 @@ class SourceSpec:
 
     Attributes:
         kind: ``bm25``; ``dense``, the nearest neighbours by an encoder; ``student``, those by the student that a
-            stage starts from, so that negatives are refreshed; ``run``, a TREC run over the training queries.
+            stage starts from, so that negatives are refreshed; ``run``, a run over the training queries, TREC's or
+            MS MARCO's.
         encoder: Of ``dense``: any encoder; the recipe's own when not named.
         stage: Of ``student``: the earlier stage whose result ranks; the student as the present stage starts when
             not named.
@@ -796,12 +797,18 @@ class EvaluationSpec:
     rerank_depth: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse depths that measure nothing."""
+        """Refuse depths that measure nothing, or less than a measure's name says."""
         _require(self.depth >= 1, f"evaluation.depth: {self.depth} must be at least 1")
         _require(
             1 <= self.rerank_depth <= self.depth,
             f"evaluation.rerank_depth: {self.rerank_depth} must lie in 1..depth ({self.depth})",
         )
+        for measure in self.measures:
+            cutoff = measure.rpartition("@")[2]
+            _require(
+                not (cutoff.isdecimal() and int(cutoff) > self.depth),
+                f"evaluation.measures: {measure} needs a depth of at least {cutoff}, evaluation.depth is {self.depth}",
+            )
 
 
 @dataclass(frozen=True)

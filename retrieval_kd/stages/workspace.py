@@ -15,6 +15,7 @@ from retrieval_kd.collections import open_collection
 from retrieval_kd.collections.base import Collection, dev_queries, training_queries
 from retrieval_kd.collections.beir import write_beir
 from retrieval_kd.collections.extra import extra_texts
+from retrieval_kd.collections.msmarco import is_msmarco_run, read_top1000
 from retrieval_kd.collections.python_docs import PythonDocs, installed_versions
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
@@ -160,7 +161,7 @@ class Workspace:
         if source.kind == "run":
             path = Path(source.path)
             # Opening it now says what is wrong with it before anything is ranked.
-            run = TrecFiles([path])
+            run: Run = read_top1000(path) if is_msmarco_run(path) else TrecFiles([path])
             return FirstStage(source.name, file_sha256(path), lambda: run)
         if source.kind == "bm25":
             return self._ranked(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from collection_files import write_msmarco
 
-from retrieval_kd.collections.msmarco import MsMarcoCollection, read_top1000
+from retrieval_kd.collections.msmarco import MsMarcoCollection, read_run, read_top1000, usual_measures
 from retrieval_kd.errors import DataError
 
 
@@ -103,6 +103,46 @@ def test_top1000_in_each_of_its_forms(tmp_path: Path, content: str) -> None:
     run = read_top1000(path)
     assert {query_id: ranking.doc_ids for query_id, ranking in run.items()} == {"1": ("0", "7"), "2": ("7",)}
     assert np.all(np.diff(run["1"].scores) < 0)
+
+
+def test_a_run_is_read_in_the_format_of_its_columns(tmp_path: Path) -> None:
+    """Read as TREC's, MS MARCO's own runs are refused; a ranking must be the same in either format."""
+    path = tmp_path / "run"
+    for content in (
+        "1\t7\t2\n1\t0\t1\n",
+        "1 Q0 7 2 0.5 t\n1 Q0 0 1 0.75 t\n",
+        "1\tQ0\t0\t1\t2\tt\n1\tQ0\t7\t2\t1\tt\n",
+    ):
+        path.write_text(content)
+        assert read_run(path)["1"].doc_ids == ("0", "7")
+    path.write_text("1 0 1\n")
+    with pytest.raises(DataError, match=r"run:1: neither the 6 columns of a TREC run .* nor, between tabs, the 3 of"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("collection", "split", "expected"),
+    [
+        ("irds:msmarco-passage", "dev", ("RR@10", "R@1000")),
+        ("irds:msmarco-passage/trec-dl-2019/judged", "test", ("nDCG@10", "RR(rel=2)", "R(rel=2)@1000")),
+        ("irds:msmarco-document/trec-dl-2020", "test", ("nDCG@10", "RR", "R@1000")),
+        ("irds:msmarco-document-v2/trec-dl-2021/judged", "test", ("nDCG@10", "RR", "R@1000")),
+        ("irds:beir/msmarco/test", "test", ("nDCG@10", "RR(rel=2)", "R(rel=2)@1000")),
+        ("irds:beir/msmarco", "dev", ("RR@10", "R@1000")),
+        ("somewhere/trec-dl-2019", "dev", ("RR@10", "R@1000")),
+    ],
+)
+def test_graded_sets_have_their_own_measures(collection: str, split: str, expected: tuple[str, ...]) -> None:
+    """A passage of grade 1 counted as relevant gives an RR that no paper's can be compared with."""
+    assert usual_measures(collection, split) == expected
+
+
+def test_a_folders_corpus_says_where_relevance_begins(tmp_path: Path) -> None:
+    """TREC's document judgements are relevant from grade 1, its passages from grade 2."""
+    (tmp_path / "msmarco-docs.tsv").touch()
+    assert usual_measures(str(tmp_path), "dl19") == ("nDCG@10", "RR", "R@1000")
+    (tmp_path / "collection.tsv").touch()
+    assert usual_measures(str(tmp_path), "dl19") == ("nDCG@10", "RR(rel=2)", "R(rel=2)@1000")
 
 
 def test_the_order_of_a_long_file_survives_float32() -> None:

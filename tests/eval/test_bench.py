@@ -14,6 +14,7 @@ import pytest
 from eval.bench import Load, _cpu_seconds, _status_bytes, bench
 from eval.open_loop import open_loop
 from eval.specs import SystemSpec
+from eval.suite import Setup, run_suite
 from eval.tables import format_costs
 from retrieval_kd.errors import DataError, ServeError
 
@@ -103,6 +104,29 @@ def test_every_system_has_its_cost_beside_its_quality(tiny: Path, tmp_path: Path
     assert "CPU s/1000" in text
     assert text.index("encode") < text.index("search") < text.index("total", text.index("search"))
     assert "encode" in text
+
+
+def test_bench_and_evaluation_measure_alike_without_self_matches(tiny: Path, tmp_path: Path) -> None:
+    """With the query's own text at rank 1, with distractors or beside a cost, every figure of ArguAna is too low."""
+    folder = tmp_path / "arguana"
+    (folder / "qrels").mkdir(parents=True)
+    texts = {"q1": "cats purr softly", "a1": "cats purr", "q2": "dogs bark loudly", "a2": "dogs bark"}
+    rows = [json.dumps({"_id": doc_id, "title": "", "text": text}) for doc_id, text in texts.items()]
+    (folder / "corpus.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "queries.jsonl").write_text("\n".join(rows[::2]) + "\n")
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta1\t1\nq2\ta2\t1\n")
+    (tmp_path / "other.trec").write_text("q1 Q0 a1 1 1.0 t\nq2 Q0 a2 1 1.0 t\n")
+    others = (str(tiny / "tiny-collection"),)
+    systems, measures = [SystemSpec("bm25"), SystemSpec("run", str(tmp_path / "other.trec"))], ("nDCG@1",)
+    setup = Setup(measures=measures, depth=2, distractors=others, timed=0, teacher="run")
+    (report,) = run_suite([str(folder)], systems, setup, tmp_path / "cache", tmp_path / "suite", "rkd")
+    benched = bench(
+        str(folder), "test", systems[:1], Load(calls=1, warmup=0, depth=2), measures, tmp_path / "cache",
+        tmp_path / "bench", "rkd", others,
+    )  # fmt: skip
+    assert report["systems"][0]["nDCG@1"] == benched["systems"][0]["nDCG@1"] == 1.0
+    assert report["notes"] == benched["notes"] != []
+    assert report["agreements"][0]["top1"] == 1.0
 
 
 def test_a_failing_process_says_why(tiny: Path, tmp_path: Path) -> None:

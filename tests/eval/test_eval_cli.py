@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import tiny_collection_folder
 from typer.testing import CliRunner
 
 from retrieval_kd.cli.main import app
+from retrieval_kd.collections.beir import BeirCollection
 from retrieval_kd.errors import DataError, QualityError
 
 
@@ -28,6 +30,14 @@ def report(tiny: Path) -> Path:
     return out
 
 
+def test_a_deep_measure_has_its_depth(tiny: Path, tmp_path: Path) -> None:
+    """R@200 over the usual 100 documents is R@100 under another name."""
+    words = ("beir", tiny / "tiny-collection", "--bm25", "--measure", "R@200", "--timed", 0, "--artifacts", tmp_path)
+    assert "R@200" in rkd(*words)
+    with pytest.raises(DataError, match="'R@200' needs 200 documents a query, 100 are retrieved"):
+        rkd(*words, "--depth", 100)
+
+
 def test_compare_prints_tests_and_queries(tiny: Path, report: Path) -> None:
     """A person must see the queries, a machine the numbers."""
     files = [report / "per_query" / f"{name}.tsv" for name in ("one", "two")]
@@ -39,6 +49,23 @@ def test_compare_prints_tests_and_queries(tiny: Path, report: Path) -> None:
     assert {row["system"] for row in found["comparisons"]} == {"two", "three"}
     with pytest.raises(DataError, match="no measure 'RR@1'"):
         rkd("compare", *files, "--measure", "RR@1")
+
+
+def test_compare_reads_the_texts_of_distractors_too(tiny: Path, tmp_path: Path) -> None:
+    """A report made with distractors ranks ids that the collection alone does not have."""
+    base, other = tiny / "tiny-collection", tiny_collection_folder(tmp_path / "other", seed=5)
+    runs = ("near", "far")
+    first = next(iter(BeirCollection(other).documents())).doc_id
+    query_id, grades = next(iter(BeirCollection(base).qrels("test").items()))
+    (tmp_path / "near.trec").write_text(f"{query_id} Q0 {max(grades, key=lambda d: grades[d])} 1 1.0 t\n")
+    (tmp_path / "far.trec").write_text(f"{query_id} Q0 other:{first} 1 1.0 t\n")
+    systems = [word for name in runs for word in ("--system", f"{name}=run:{tmp_path / name}.trec")]
+    rkd("beir", base, "--distractors", other, *systems, "--artifacts", tmp_path / "cache", "--out", tmp_path / "out")
+    files = [tmp_path / "out" / "per_query" / f"{name}.tsv" for name in runs]
+    text = rkd("compare", *files, "--collection", base, "--distractors", other)
+    assert f"other:{first}" in text
+    with pytest.raises(DataError, match="name it with --collection"):
+        rkd("compare", *files, "--distractors", other)
 
 
 @pytest.mark.parametrize(

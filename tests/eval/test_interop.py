@@ -17,6 +17,8 @@ from eval import lucene
 from eval.lucene import LuceneSystem, java_version, require_pyserini
 from eval.measures import evaluate
 from eval.results import Facts, SystemResult
+from eval.specs import SystemSpec
+from eval.suite import Setup, run_suite
 from eval.tables import csv_table, latex_table
 from retrieval_kd.collections.beir import BeirCollection
 from retrieval_kd.errors import DataError
@@ -97,6 +99,17 @@ def test_java_versions_are_read(monkeypatch: pytest.MonkeyPatch, said: str, expe
     assert java_version() == expected
 
 
+@pytest.fixture
+def toy(tmp_path: Path) -> BeirCollection:
+    """Return a collection of the searcher's two documents."""
+    folder = tmp_path / "toy"
+    (folder / "qrels").mkdir(parents=True)
+    for name, ids in (("corpus", ("d1", "d2")), ("queries", ("q1", "q2"))):
+        (folder / f"{name}.jsonl").write_text("".join(f'{{"_id": "{key}", "text": "words"}}\n' for key in ids))
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\n")
+    return BeirCollection(folder)
+
+
 class _Searcher:
     """A LuceneSearcher that ranks two documents, with a tie."""
 
@@ -117,20 +130,36 @@ class _Searcher:
         return {query_id: self.search(text, k) for query_id, text in zip(qids, queries, strict=True)}
 
 
-def test_pyserinis_hits_become_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lucene breaks ties by its own numbers: here the id decides, as for every other system."""
+@pytest.fixture
+def pyserini(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a searcher of two documents where pyserini's would be."""
     monkeypatch.setattr(lucene, "require_pyserini", lambda: None)
     module = ModuleType("pyserini.search.lucene")
     module.LuceneSearcher = _Searcher  # type: ignore[attr-defined]
     for name in ("pyserini", "pyserini.search"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "pyserini.search.lucene", module)
-    system = LuceneSystem("beir-v1.0.0-scifact.flat", k1=0.9, b=0.4)
+
+
+@pytest.mark.usefixtures("pyserini")
+def test_pyserinis_hits_become_a_run(toy: BeirCollection) -> None:
+    """Lucene breaks ties by its own numbers: here the id decides, as for every other system."""
+    system = LuceneSystem("beir-v1.0.0-scifact.flat", toy, k1=0.9, b=0.4)
     assert system.run({"q": "text"}, 5)["q"].doc_ids == ("d1", "d2")
     assert system.facts({"q": "text"}, 5).query_ms_p50 is not None
     assert system.name == "BM25 (Anserini, beir-v1.0.0-scifact.flat, k1 0.9, b 0.4)"
     with pytest.raises(DataError, match="'scifcat' is neither a folder nor a prebuilt index"):
-        LuceneSystem("scifcat")
+        LuceneSystem("scifcat", toy)
+
+
+@pytest.mark.usefixtures("pyserini")
+def test_pyserini_takes_a_name_and_refuses_another_corpus(tiny: Path, toy: BeirCollection, tmp_path: Path) -> None:
+    """A name in a command must reach the table; an index of other documents scores zero and looks like bad BM25."""
+    spec = [SystemSpec.parse("lucene=pyserini:beir-v1.0.0-scifact.flat")]
+    (report,) = run_suite([str(tmp_path / "toy")], spec, Setup(timed=0), tmp_path / "cache", tmp_path / "out", "rkd")
+    assert [system["name"] for system in report["systems"]] == ["lucene"]
+    with pytest.raises(DataError, match="'d1', which tiny-collection does not have"):
+        LuceneSystem("beir-v1.0.0-scifact.flat", BeirCollection(tiny / "tiny-collection")).run(toy.queries(), 5)
 
 
 def test_beir_folders_and_trec_qrels_say_the_same(tmp_path: Path, tiny: Path) -> None:

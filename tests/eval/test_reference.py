@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from eval.measures import parse_measure
-from eval.reference import published, reference_means, reference_rows
+from eval.reference import _GROUPS, published, reference_means, reference_rows
 
 
 def test_every_figure_is_one_and_has_a_source() -> None:
@@ -56,3 +56,22 @@ def test_a_mean_needs_every_set() -> None:
     assert mean["nDCG@10"] == pytest.approx((0.6451 + 0.3159 + 0.8755) / 3)
     assert mean["R@100"] is None
     assert rows["bge-reranker-v2-m3 over BM25 multifield top-100"]["mean"]["nDCG@10"] is None
+
+
+@pytest.mark.parametrize("prefix", ["", "irds:beir/cqadupstack/"])
+def test_a_group_has_its_published_figure_when_it_is_whole(prefix: str) -> None:
+    """Asked for by its forums' names, CQADupStack had no figure, and so no published mean over sets had it."""
+    common = {"split": "test", "measures": ["nDCG@10"], "group": prefix.rstrip("/") or "cqadupstack", "reference": []}
+    forums = [{**common, "collection": f"{prefix}{forum}"} for forum in sorted(_GROUPS["cqadupstack"])]
+    scifact = {
+        **common,
+        "collection": "scifact",
+        "group": "",
+        "reference": reference_rows("scifact", "test", ["nDCG@10"]),
+    }
+    rows = {row["system"]: row for row in reference_means([scifact, *forums])}
+    assert rows["BM25 (Anserini, flat)"]["mean"]["nDCG@10"] == pytest.approx((0.6789 + 0.3021) / 2)
+    part = reference_means([scifact, *forums[1:]])
+    assert part
+    assert all(row["mean"]["nDCG@10"] is None for row in part)
+    assert reference_means([{**forums[0], "collection": "android+scifact"}, *forums[1:]]) == []

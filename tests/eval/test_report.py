@@ -18,7 +18,7 @@ from eval.fidelity import Fidelity, agreement_entry
 from eval.measures import evaluate
 from eval.page import render_page
 from eval.reference import reference_rows
-from eval.report import write_report
+from eval.report import merge_reports, write_report
 from eval.results import Facts, SystemResult
 from eval.tables import format_table, markdown_table
 from retrieval_kd.errors import DataError
@@ -189,6 +189,33 @@ def test_report_refuses_rows_that_do_not_belong_in_one_table(tmp_path: Path, sys
     with pytest.raises(DataError, match="did you mean 'BM25'"):
         _write(tmp_path / "report", systems, baseline="BM52")
     assert not (tmp_path / "report").exists()
+
+
+def test_merged_reports_lose_no_row_and_no_test(tmp_path: Path) -> None:
+    """Two students called 'mine' are two rows; the second must not vanish behind the first, nor its tests."""
+    bm25 = _system("BM25", "bm25", 2)
+    for name, position in (("one", 0), ("two", 1)):
+        _write(tmp_path / name, [bm25, _system("mine", "student", position)], baseline="BM25", notes=["same"])
+    folders = [tmp_path / "one", tmp_path / "two"]
+    merged = merge_reports(folders)
+    mine = [f"mine ({folder})" for folder in folders]
+    assert [system["name"] for system in merged["systems"]] == ["BM25", *mine]
+    assert [(row["system"], row["baseline"]) for row in merged["comparisons"][:: len(MEASURES)]] == [
+        (mine[0], "BM25"), (mine[1], "BM25"),
+    ]  # fmt: skip
+    assert set(merged["per_query"]) == {"BM25", *mine}
+    assert merged["notes"] == ["same"]
+    assert [system["name"] for system in merge_reports(folders[:1] * 2)["systems"]] == ["BM25", "mine"]
+
+
+def test_reports_of_changed_files_are_not_merged(tmp_path: Path) -> None:
+    """A corpus of the same name and size with other texts gives figures that only look comparable."""
+    for name in ("a", "b"):
+        _write(tmp_path / name, [_system("BM25", "bm25", 0)], provenance={"collection": name * 64})
+    with pytest.raises(
+        DataError, match=r"had other content than in .*a \(fingerprints bbbbbbbbbbbb and aaaaaaaaaaaa\)"
+    ):
+        merge_reports([tmp_path / "a", tmp_path / "b"])
 
 
 def test_tables_for_people_carry_interval_and_dash(tmp_path: Path, systems: list[SystemResult]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from eval.shape import Passages, Shape, best_passages, matches_itself
 from retrieval_kd.collections.beir import BeirCollection
+from retrieval_kd.collections.joined import JoinedCollection
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import rank
 
@@ -35,11 +36,22 @@ def test_a_query_does_not_find_itself() -> None:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("arguana", True), ("ArguAna", True), ("irds:beir/quora/test", True), ("quora2", False), ("my-arguana", False)],
-)
+    [
+        ("arguana", True), ("ArguAna", True), ("irds:beir/quora/test", True), ("irds:beir/quora/dev", True),
+        ("quora2", False), ("my-arguana", False),
+    ],
+)  # fmt: skip
 def test_only_the_tasks_that_ask_for_it(name: str, expected: bool) -> None:
     """A rule that looked for a part of a name would drop documents of a stranger's collection."""
     assert matches_itself(name) is expected
+
+
+def test_distractors_leave_a_query_its_own_document(tmp_path: Path) -> None:
+    """Decided by the joined name, ArguAna with distractors would have every query's own text at rank 1."""
+    base, other = _collection(tmp_path / "arguana", "a"), _collection(tmp_path / "scifact", "b")
+    assert Shape.of(JoinedCollection(base, [other])) == Shape(remove_self=True)
+    assert Shape.of(JoinedCollection(other, [base])) == Shape()
+    assert Shape.of(base, remove_self=False, maxp=True) == Shape(maxp=True)
 
 
 def test_a_document_has_its_best_passages_score() -> None:

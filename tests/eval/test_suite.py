@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytrec_eval
-from tiny import WORDS, tiny_collection_folder
+from tiny import WORDS, tiny_collection_folder, tiny_cross_encoder_folder
 
 from eval.dense import encoded, truncated_corpus
 from eval.specs import SystemSpec
@@ -181,12 +181,36 @@ def test_self_matches_and_passages_reach_the_notes(tiny: Path, tmp_path: Path) -
     assert not any("#" in doc_id for ranking in run.values() for doc_id in ranking.doc_ids)
 
 
+def test_passages_and_documents_are_fused_by_document(tiny: Path, tmp_path: Path) -> None:
+    """Fused by their ids, a passage and its document would not meet, and each would count as found by one system."""
+    collection, setup = tiny / "tiny-collection", Setup(timed=0, maxp=True)
+    _run(tiny, tmp_path / "first", [collection], "one=bm25", setup=setup)
+    model = tiny_cross_encoder_folder(tmp_path / "cross-encoder")
+    systems = (
+        "one=bm25", f"file=run:{tmp_path / 'first/runs/one.trec'}", "both=rrf:one+file", "same=rrf:both+one",
+        f"passages=rerank:{model},over=one,depth=5", f"documents=rerank:{model},over=both,depth=5",
+    )  # fmt: skip
+    (report,) = _run(tiny, tmp_path / "out", [collection], *systems, setup=setup)
+    one, both = (read_trec(tmp_path / f"out/runs/{name}.trec") for name in ("one", "both"))
+    assert {query: ranking.doc_ids for query, ranking in both.items()} == {
+        query: ranking.doc_ids for query, ranking in one.items()
+    }
+    means = _means(report)
+    assert means["one"] == means["both"] == means["same"]
+    assert set(means) > {"passages", "documents"}
+
+
 @pytest.mark.parametrize(
     ("systems", "setup", "message"),
     [
         ((), QUICK, "no system to measure"),
         (("bm25",), Setup(measures=("nDGC@10",)), "did you mean 'nDCG@10'"),
         (("bm25",), Setup(split="tset"), "no split 'tset'"),
+        (
+            ("bm25",),
+            Setup(measures=("R@200",)),
+            "'R@200' needs 200 documents a query, 100 are retrieved; raise the depth",
+        ),
         (("rerank:x,depth=200",), QUICK, "depth is more than the 100 documents retrieved; raise --depth"),
         (("bm25", "f=run:nowhere.trec"), QUICK, "nowhere.trec: cannot read the run"),
         (("bm25",), Setup(timed=0, baseline="dense"), "baseline 'dense' is not among"),

@@ -126,7 +126,7 @@ def test_reranker_facts() -> None:
 
 def test_assess_measures_over_all_judged_queries() -> None:
     """q4 has no candidates: four of five queries found d1 first."""
-    result = assess(_reranker(4), QUERIES, QRELS, ["nDCG@10", "RR@10"], depth=4)
+    result = assess(_reranker(4), QUERIES, QRELS, ["nDCG@10", "RR@10"], depth=10)
     assert result.measures == {"nDCG@10": 0.8, "RR@10": 0.8}
     assert result.evaluation.missing == ("q4",)
     entry = result.to_json()
@@ -158,6 +158,16 @@ def test_a_bad_run_file_names_its_line(tmp_path: Path, row: str, message: str) -
     path.write_text(f"q0 Q0 d2 1 0.9 tag\n\n{row}\n")
     with pytest.raises(DataError, match=message):
         RunSystem.read("bad", path, Corpus(), QRELS)
+
+
+def test_a_bad_line_of_ms_marcos_format_is_named(tmp_path: Path) -> None:
+    """Looked for in TREC's column, the document would be taken for a rank, or not be found at all."""
+    path = tmp_path / "run.tsv"
+    path.write_text("q0\td2\t1\nq0\td9\t2\n")
+    with pytest.raises(DataError, match=r"run\.tsv:2: document 'd9' is not in toy"):
+        RunSystem.read("bad", path, Corpus(), QRELS)
+    path.write_text("q0\td2\t2\nq0\td1\t1\n")
+    assert RunSystem.read("good", path, Corpus(), QRELS).run(QUERIES, 5)["q0"].doc_ids == ("d1", "d2")
 
 
 class Client:
@@ -233,7 +243,7 @@ def test_bm25_is_indexed_once_and_timed() -> None:
     stream = corpus.documents
     corpus.documents = lambda: streams.append(1) or stream()  # type: ignore[method-assign, func-returns-value]
     queries = {query_id: f"text of d{number % 4 + 1}" for number, query_id in enumerate(QUERIES)}
-    result = assess(BM25System(corpus), queries, QRELS, ["R@100"], depth=4)
+    result = assess(BM25System(corpus), queries, QRELS, ["R@100"], depth=100)
     assert len(streams) == 1
     assert result.run is not None
     assert result.run["q2"].doc_ids[0] == "d3"

@@ -64,6 +64,7 @@ def test_the_saved_recipe_is_the_recipe(name: str, tmp_path: Path) -> None:
         ("losses.0.weight=.inf", "losses.0.weight: inf is not a finite number"),
         ("losses=[]", "losses is empty"),
         ("evaluation.depth=50", "evaluation.rerank_depth: 100 must lie in 1..depth (50)"),
+        ("evaluation.measures=[R@1000]", "evaluation.measures: R@1000 needs a depth of at least 1000"),
         ("seed", "write KEY.PATH=VALUE"),
         ("teacher.normalise=none", "cannot average two teachers on different scales"),
         ("teacher={model: x, fine_tune: {epochs: 1}}", "give either model or fine_tune, not both"),
