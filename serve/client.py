@@ -164,7 +164,7 @@ class RetrievalClient:
         vectors: npt.ArrayLike | None = None,
         options: Options | None = None,
     ) -> list[SearchResult]:
-        """Rank documents against many texts, or vectors ``[n, d]``, in calls of 256; results in their order."""
+        """Rank documents against many texts, or vectors ``[n, d]``, as many in each call as servers take, in order."""
         found = []
         for request in messages.batch_requests(texts, vectors, top_k, options):
             found += messages.read_batch(self._call("batch_search", self._stubs.retrieval.BatchSearch, request))
@@ -328,7 +328,7 @@ class AsyncRetrievalClient:
         vectors: npt.ArrayLike | None = None,
         options: Options | None = None,
     ) -> list[SearchResult]:
-        """Rank documents against many texts, or vectors ``[n, d]``, in calls of 256; results in their order."""
+        """Rank documents against many texts, or vectors ``[n, d]``, as many in each call as servers take, in order."""
         found = []
         for request in messages.batch_requests(texts, vectors, top_k, options):
             found += messages.read_batch(await self._call("batch_search", self._stubs.retrieval.BatchSearch, request))

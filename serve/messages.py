@@ -26,7 +26,6 @@ DEADLINE_SECONDS = 5.0
 RETRIES = 3
 EMBED_TEXTS = 32
 _DETAILS = "grpc-status-details-bin"
-_BATCH_QUERIES = Limits().max_batch_queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +252,15 @@ def batch_requests(
     message = None if options is None else options.to_message()
     return [
         pb.BatchSearchRequest(queries=some, top_k=checked_top_k(top_k), options=message)
-        for some in chunks(queries, _BATCH_QUERIES) or [[]]
+        for some in chunks(queries, _batch_size(options)) or [[]]
     ]
+
+
+def _batch_size(options: Options | None) -> int:
+    """Return how many queries a server takes at once by default."""
+    limits = Limits()
+    depth = 0 if options is None else options.rerank_depth
+    return min(limits.max_batch_queries, max(1, limits.max_rerank_pairs // max(1, depth)))
 
 
 def embed_request(name: str, texts: Sequence[str], documents: bool) -> pb.EmbedRequest:

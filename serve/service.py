@@ -18,11 +18,12 @@ from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Ranking, rank
-from serve.engine import Embedded, Engine, EngineSlot, Reranker
+from serve.engine import Embedded, Engine, EngineSlot
 from serve.errors import InvalidRequestError, OverloadedError, PreconditionError, UnknownError, Violation, to_status
 from serve.filters import filter_from_message
 from serve.indexes import DocumentSearcher, IndexHandle
 from serve.limits import Limits
+from serve.reranking import Candidates, Reranker
 from serve.streams import in_order
 from serve.tracing import Tracer
 from serve.validate import (
@@ -151,6 +152,8 @@ class Rerank(_Servicer, rpc.RerankServiceServicer):
         engine = self._slot.engine
         reranker = _reranker(engine)
         _refuse(rerank_violations(request, self._limits))
+        left = _countdown(self._limits.seconds_for(context.time_remaining()))
+        engine.require_in_time(0, len(request.documents), left())
         texts = {document.doc_id: document.text for document in request.documents}
         stored = [doc_id for doc_id, text in texts.items() if not text]
         with engine.index.hold() as handle:
@@ -161,7 +164,7 @@ class Rerank(_Servicer, rpc.RerankServiceServicer):
             if not text:
                 raise UnknownError("dense.retrieval/text", doc_id, f"the index stores no text of {doc_id!r}; send it")
         started = time.perf_counter_ns()
-        logits = await engine.rerank(reranker, request.query, list(texts.values()))
+        (logits,) = await engine.rerank(reranker, [Candidates(request.query, list(texts.values()))], left())
         timings = pb.Timings(rescore_ns=time.perf_counter_ns() - started)
         ranking = rank(list(texts), logits, request.top_k or None)
         self._finish(timings, arrived)
@@ -283,7 +286,9 @@ async def _rank(
     seconds: float,
 ) -> _Ranked:
     reranker = _reranker(engine) if options.rerank_depth else None
-    embedded = await engine.embed([text for query in queries for text in _texts(query)], "query", seconds)
+    left = _countdown(seconds)
+    engine.require_in_time(len(queries), len(queries) * options.rerank_depth, left())
+    embedded = await engine.embed([text for query in queries for text in _texts(query)], "query", left())
     encoded = iter(embedded.vectors)
     vectors = np.stack([_vector(query, encoded) for query in queries])
     if any(query.WhichOneof("query") == "sets" for query in queries):
@@ -291,14 +296,13 @@ async def _rank(
     timings = _timings(embedded)
     started = time.perf_counter_ns()
     depth = max(k, options.rerank_depth)
-    rankings = await engine.on_index(handle, lambda searcher: _search(searcher, vectors, depth, options))
+    rankings = await engine.on_index(
+        handle, lambda searcher: _search(searcher, vectors, depth, options), len(queries), left()
+    )
     timings.search_ns = time.perf_counter_ns() - started
     if reranker is not None:
         started = time.perf_counter_ns()
-        rankings = [
-            await _reranked(engine, reranker, handle, query.text, ranking, k)
-            for query, ranking in zip(queries, rankings, strict=True)
-        ]
+        rankings = await _reranked(engine, reranker, handle, [query.text for query in queries], rankings, k, left())
         timings.rescore_ns = time.perf_counter_ns() - started
     fields: Sequence[Fields | None] = [None] * len(rankings)
     if options.fields:
@@ -343,13 +347,20 @@ def _stored(searcher: DocumentSearcher, doc_ids: Sequence[str], names: Sequence[
 
 
 async def _reranked(
-    engine: Engine, reranker: Reranker, handle: IndexHandle, query: str, ranking: Ranking, k: int
-) -> Ranking:
-    if not ranking.doc_ids:
-        return ranking
-    texts = await engine.on_index(handle, lambda searcher: _stored_texts(searcher, ranking.doc_ids))
-    logits = await engine.rerank(reranker, query, [texts[doc_id] for doc_id in ranking.doc_ids])
-    return rank(ranking.doc_ids, logits, k)
+    engine: Engine,
+    reranker: Reranker,
+    handle: IndexHandle,
+    queries: Sequence[str],
+    rankings: Sequence[Ranking],
+    k: int,
+    seconds: float,
+) -> list[Ranking]:
+    def candidates(searcher: DocumentSearcher) -> list[Candidates]:
+        texts = [_stored_texts(searcher, ranking.doc_ids) if ranking.doc_ids else {} for ranking in rankings]
+        return [Candidates(query, list(some.values())) for query, some in zip(queries, texts, strict=True)]
+
+    logits = await engine.rerank(reranker, await engine.on_index(handle, candidates), seconds)
+    return [rank(ranking.doc_ids, some, k) for ranking, some in zip(rankings, logits, strict=True)]
 
 
 def _stored_texts(searcher: DocumentSearcher, doc_ids: Sequence[str]) -> dict[str, str]:
@@ -408,6 +419,12 @@ def _cancelled_out(vectors: Vectors) -> list[Violation]:
         for i, vector in enumerate(vectors)
         if not (np.isfinite(vector).all() and np.linalg.norm(vector) > 1e-6)
     ]
+
+
+def _countdown(seconds: float) -> Callable[[], float]:
+    """Return what tells how many of the seconds are left."""
+    give_up = time.monotonic() + seconds
+    return lambda: give_up - time.monotonic()
 
 
 def _refuse(violations: Sequence[Violation]) -> None:

@@ -135,6 +135,12 @@ def _options(options: pb.SearchOptions, top_k: int, queries: Sequence[AnyQuery],
         yield Violation(
             "options.rerank_depth", f"is {depth}; give top_k ({top_k}) to {limits.max_rerank_documents}, or 0"
         )
+    pairs = len(queries) * depth
+    if pairs > limits.max_rerank_pairs:
+        yield Violation(
+            "options.rerank_depth",
+            f"makes {pairs} pairs of query and document, the limit is {limits.max_rerank_pairs}; lower it or send less",
+        )
     if any(query.WhichOneof("query") in ("vector", "sets") for query in queries):
         yield Violation("options.rerank_depth", "needs queries of text; the reranker reads no vectors")
 
