@@ -331,7 +331,9 @@ class IndexHost:
             opening.add_done_callback(_close_unused)
             raise
         except Exception as error:
-            self._refused = version
+            # What the machine lacks for a moment, such as a free file descriptor, says nothing about the version.
+            if not isinstance(error, OSError):
+                self._refused = version
             self._metrics.index_refused()
             _log.error("index version %s was refused: %s", version, error)
             if isinstance(error, RkdError):
@@ -368,5 +370,5 @@ async def watch(host: IndexHost, seconds: float, reload: asyncio.Event) -> None:
             await host.follow(again)
         except NotReadyError:
             continue
-        except RkdError as error:
+        except (RkdError, OSError) as error:
             _log.error("the index that is served stays: %s", error)

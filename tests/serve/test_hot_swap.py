@@ -1,5 +1,6 @@
 """Another index version takes the served one's place: no request fails, none mixes two, a bad one changes nothing."""
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -115,6 +116,27 @@ def test_a_bad_version_found_by_polling_is_tried_once_and_again_when_asked(
     admin.running.reload()
     until(lambda: admin.index().index_version == SECOND)
     assert source.opened.count(SECOND) == 2
+
+
+@pytest.mark.parametrize("where", ["current", "open"])
+def test_the_store_is_followed_on_after_an_error_of_the_machine(
+    admin: RetrievalClient, source: FakeSource, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without it one moment without a free file descriptor would end all following, in silence, until a restart."""
+    sound = getattr(source, where)
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+
+    def failing_once(*arguments: object) -> object:
+        if failures:
+            raise failures.pop()
+        return sound(*arguments)
+
+    setattr(source, where, failing_once)
+    source.pointer = SECOND
+    until(lambda: admin.search("a").index_version == SECOND)
+    said = [record.getMessage() for record in caplog.records if "Too many open files" in record.getMessage()]
+    assert any("the index that is served stays" in line for line in said)
+    assert not any("\n" in line for line in said)
 
 
 def test_a_store_that_cannot_be_written_keeps_both_pointer_and_version(
