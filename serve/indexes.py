@@ -26,6 +26,7 @@ from serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 VERSION = "dense.retrieval/index_version"
+UNREADABLE = "unreadable"
 
 
 class DocumentSearcher(Protocol):
@@ -91,13 +92,13 @@ class DocumentSearcher(Protocol):
 
 @dataclass(frozen=True)
 class VersionSummary:
-    """What a store says about one of its versions without opening it."""
+    """What a store says about one of its versions without opening it; of one it cannot read, the name alone."""
 
     version: str
-    created_at: str
-    kind: str
-    count: int
-    dimension: int
+    created_at: str = ""
+    kind: str = UNREADABLE
+    count: int = 0
+    dimension: int = 0
 
 
 class IndexSource(Protocol):
@@ -106,8 +107,11 @@ class IndexSource(Protocol):
     def current(self) -> str:
         """Return the name of the version that shall be served."""
 
+    def names(self) -> list[str]:
+        """Return the name of every version, oldest first, sound or not."""
+
     def versions(self) -> list[VersionSummary]:
-        """Return every version, oldest first."""
+        """Return every version, oldest first; one that cannot be read is marked, and hides none of the others."""
 
     def open(self, version: str) -> DocumentSearcher:
         """Open a version after checking its bytes."""
@@ -129,18 +133,13 @@ class StoreSource:
         """Return the name in ``CURRENT``."""
         return self._store.current().name
 
+    def names(self) -> list[str]:
+        """Return the names of the versions' folders."""
+        return [folder.name for folder in self._store.versions()]
+
     def versions(self) -> list[VersionSummary]:
         """Return what the manifests say."""
-        from index.manifest import IndexManifest
-
-        summaries = []
-        for folder in self._store.versions():
-            manifest = IndexManifest.load(folder)
-            content = manifest.content
-            summaries.append(
-                VersionSummary(folder.name, manifest.created_at, content.index.kind, content.count, content.dimension)
-            )
-        return summaries
+        return [_summary(folder) for folder in self._store.versions()]
 
     def open(self, version: str) -> DocumentSearcher:
         """Check every byte of a version and map it."""
@@ -152,6 +151,18 @@ class StoreSource:
     def select(self, version: str) -> None:
         """Move ``CURRENT``."""
         self._store.publish_existing(version)
+
+
+def _summary(folder: Path) -> VersionSummary:
+    from index.manifest import IndexManifest
+
+    try:
+        manifest = IndexManifest.load(folder)
+    except (RkdError, OSError) as error:
+        _log.warning("index version %s cannot be read: %s", folder.name, error)
+        return VersionSummary(folder.name)
+    content = manifest.content
+    return VersionSummary(folder.name, manifest.created_at, content.index.kind, content.count, content.dimension)
 
 
 class IndexHandle:
@@ -265,7 +276,7 @@ class IndexHost:
         """Publish the newest version that is older than the one being served; see :meth:`publish`."""
         async with self._swapping:
             served = self._serving().searcher.version
-            older = [one.version for one in await self.versions() if one.version < served]
+            older = [name for name in await asyncio.to_thread(self._source.names) if name < served]
             if not older:
                 raise UnknownError(VERSION, "", f"no version is older than {served}; publish another one by name")
             return await self._publish(older[-1])
@@ -296,7 +307,7 @@ class IndexHost:
 
     async def _publish(self, version: str) -> tuple[str, str]:
         before = self._serving().searcher.version
-        known = [one.version for one in await self.versions()]
+        known = await asyncio.to_thread(self._source.names)
         if version not in known:
             raise UnknownError(VERSION, version, f"no index version {version!r}; there are {', '.join(known)}")
         opened = await self._open(version) if version != before else None

@@ -338,3 +338,28 @@ def test_a_real_store_publishes_and_rolls_back(start: Start, tmp_path: Path) -> 
         vectors.write_bytes(whole)
         assert admin.publish(second) == first
         assert IndexStore(tmp_path / "store").current().name == second
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_an_unreadable_old_version_keeps_nobody_from_the_others(start: Start, tmp_path: Path, how: str) -> None:
+    """Without it a torn manifest that nobody serves would bar every publish and rollback, in an outage of all times."""
+    (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
+    running = start(searcher=real_store(tmp_path / "store", 20, 30, 40), tokens=tmp_path / "tokens", poll_seconds=0.05)
+    with RetrievalClient(running.target, token=TOKEN) as admin:
+        oldest, middle, newest = (one.index_version for one in admin.indexes())
+        manifest = tmp_path / "store" / "versions" / oldest / "manifest.json"
+        manifest.chmod(0o644)
+        if how == "damaged":
+            manifest.write_text("{")
+        else:
+            manifest.unlink()
+        assert [(one.index_version, one.kind) for one in admin.indexes()] == [
+            (oldest, "unreadable"),
+            (middle, "exact"),
+            (newest, "exact"),
+        ]
+        assert admin.rollback() == middle
+        assert admin.publish(newest) == middle
+        with pytest.raises(ServeError, match=r"manifest\.json"):
+            admin.publish(oldest)
+        assert admin.index().index_version == newest
