@@ -188,6 +188,14 @@ class IndexHandle:
             self.searcher.close()
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A version that has passed its test, and its documents, counted where reading files holds up nobody."""
+
+    searcher: DocumentSearcher
+    count: int
+
+
 class IndexHost:
     """Holds the version being served, and replaces it."""
 
@@ -290,20 +298,25 @@ class IndexHost:
         Raises:
             StoreError: the change cannot be written.
         """
+
+        def change(searcher: DocumentSearcher) -> int:
+            work(searcher)
+            return searcher.count
+
         async with self._swapping:
             with self.hold() as handle:
                 searcher = handle.searcher
                 # Once begun it ends, whether or not the caller waits: the handle has to stay held until then.
-                writing = asyncio.ensure_future(asyncio.to_thread(work, searcher))
+                writing = asyncio.ensure_future(asyncio.to_thread(change, searcher))
                 try:
-                    await asyncio.shield(writing)
+                    count = await asyncio.shield(writing)
                 except asyncio.CancelledError:
                     await asyncio.wait([writing])
                     raise
                 except ArtifactError as error:
                     raise StoreError(str(error)) from error
-                self._metrics.documents(searcher.count)
-                return searcher.version, searcher.count
+                self._metrics.documents(count)
+                return searcher.version, count
 
     async def _publish(self, version: str) -> tuple[str, str]:
         before = self._serving().searcher.version
@@ -315,7 +328,7 @@ class IndexHost:
             await asyncio.to_thread(self._source.select, version)
         except BaseException as error:
             if opened is not None:
-                opened.close()
+                opened.searcher.close()
             if isinstance(error, ArtifactError):
                 raise StoreError(str(error)) from error
             raise
@@ -323,16 +336,16 @@ class IndexHost:
             self._swap(opened)
         return version, before
 
-    async def _open(self, version: str) -> DocumentSearcher:
-        def work() -> DocumentSearcher:
+    async def _open(self, version: str) -> _Opened:
+        def work() -> _Opened:
             searcher = self._source.open(version)
             try:
                 searcher.check_query_encoder(self._card)
                 searcher.self_test()
+                return _Opened(searcher, searcher.count)
             except BaseException:
                 searcher.close()
                 raise
-            return searcher
 
         # Not the search pool: checking the bytes of a large version takes seconds, and searches go on meanwhile.
         opening = asyncio.ensure_future(asyncio.to_thread(work))
@@ -351,11 +364,11 @@ class IndexHost:
                 raise
             raise ArtifactError(f"index version {version} cannot be opened ({error}); build it again") from error
 
-    def _swap(self, searcher: DocumentSearcher) -> None:
-        before, self._handle = self._handle, IndexHandle(searcher)
+    def _swap(self, opened: _Opened) -> None:
+        before, self._handle = self._handle, IndexHandle(opened.searcher)
         self._refused = ""
-        self._metrics.index(searcher.version, searcher.count)
-        _log.info("serving index version %s", searcher.version)
+        self._metrics.index(opened.searcher.version, opened.count)
+        _log.info("serving index version %s", opened.searcher.version)
         if before is not None:
             before.release()
 
@@ -365,9 +378,9 @@ class IndexHost:
         return self._handle
 
 
-def _close_unused(opening: asyncio.Future[DocumentSearcher]) -> None:
+def _close_unused(opening: asyncio.Future[_Opened]) -> None:
     if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
+        opening.result().searcher.close()
 
 
 async def watch(host: IndexHost, seconds: float, reload: asyncio.Event) -> None:

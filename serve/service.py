@@ -36,6 +36,8 @@ from serve.validate import (
 from serve.vectors import from_message, to_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Request = TypeVar("Request", pb.SearchRequest, pb.BatchSearchRequest)
+Answer = TypeVar("Answer", pb.SearchResponse, pb.BatchSearchResponse)
 Response = TypeVar("Response")
 Fields = Sequence[Mapping[str, Any]]
 ADMIN_SERVICE = "dense.retrieval.v1.IndexAdminService"
@@ -93,23 +95,8 @@ class Retrieval(_Servicer, rpc.RetrievalServiceServicer):
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:  # noqa: N802
         """Rank documents against many queries."""
-        arrived = time.perf_counter_ns()
-        engine = self._slot.engine
-        with engine.index.hold() as handle:
-            _refuse(batch_search_violations(request, self._limits, handle.searcher.dimension))
-            seconds = self._limits.seconds_for(context.time_remaining())
-            ranked = await _rank(engine, handle, request.queries, request.top_k, request.options, seconds)
-            response = pb.BatchSearchResponse(
-                results=[
-                    pb.SearchResult(hits=_hits(*pair)) for pair in zip(ranked.rankings, ranked.fields, strict=True)
-                ],
-                index_version=handle.searcher.version,
-                query_encoder=engine.encoder.card.fingerprint,
-                timings=ranked.timings,
-            )
-        self._finish(response.timings, arrived)
-        _refuse(_size_violations(response.ByteSize(), self._limits))
-        return response
+        seconds = self._limits.seconds_for(context.time_remaining())
+        return await self._answer(request, request.queries, batch_search_violations, _batch_response, seconds)
 
     async def StreamSearch(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.StreamSearchRequest], context: Context
@@ -126,20 +113,33 @@ class Retrieval(_Servicer, rpc.RetrievalServiceServicer):
             yield response
 
     async def _search(self, request: pb.SearchRequest, seconds: float) -> pb.SearchResponse:
+        return await self._answer(request, [request], search_violations, _search_response, seconds)
+
+    async def _answer(
+        self,
+        request: Request,
+        queries: Sequence[AnyQuery],
+        violations: Callable[[Request, Limits, int], Sequence[Violation]],
+        build: Callable[..., Answer],
+        seconds: float,
+    ) -> Answer:
         arrived = time.perf_counter_ns()
         engine = self._slot.engine
         with engine.index.hold() as handle:
-            _refuse(search_violations(request, self._limits, handle.searcher.dimension))
-            ranked = await _rank(engine, handle, [request], request.top_k, request.options, seconds)
-            response = pb.SearchResponse(
-                hits=_hits(ranked.rankings[0], ranked.fields[0]),
-                index_version=handle.searcher.version,
-                query_encoder=engine.encoder.card.fingerprint,
-                timings=ranked.timings,
-            )
+            _refuse(violations(request, self._limits, handle.searcher.dimension))
+
+            def finish(searcher: DocumentSearcher, rankings: Sequence[Ranking], timings: pb.Timings) -> Answer:
+                response = build(
+                    _hits(searcher, rankings, request.options.fields),
+                    index_version=searcher.version,
+                    query_encoder=engine.encoder.card.fingerprint,
+                    timings=timings,
+                )
+                _refuse(_size_violations(response.ByteSize(), self._limits))
+                return response
+
+            response = await _rank(engine, handle, queries, request.top_k, request.options, seconds, finish)
         self._finish(response.timings, arrived)
-        if request.options.fields:
-            _refuse(_size_violations(response.ByteSize(), self._limits))
         return response
 
 
@@ -169,7 +169,7 @@ class Rerank(_Servicer, rpc.RerankServiceServicer):
         ranking = rank(list(texts), logits, request.top_k or None)
         self._finish(timings, arrived)
         return pb.RerankResponse(
-            hits=_hits(ranking, None), index_version=version, reranker=reranker.fingerprint, timings=timings
+            hits=_ranked_hits(ranking), index_version=version, reranker=reranker.fingerprint, timings=timings
         )
 
 
@@ -239,14 +239,10 @@ class Index(rpc.IndexServiceServicer):
 
     async def GetIndex(self, request: pb.GetIndexRequest, context: Context) -> pb.GetIndexResponse:  # noqa: N802
         """Describe the index version being searched."""
-        searcher = self._slot.engine.index.searcher
-        return pb.GetIndexResponse(
-            index_version=searcher.version,
-            kind=searcher.kind,
-            document_count=searcher.count,
-            dimension=searcher.dimension,
-            document_encoder=_encoder_info(searcher.card),
-        )
+        engine = self._slot.engine
+        with engine.index.hold() as handle:
+            # Counting reads what other processes have written since.
+            return await engine.on_index(handle, _index_info)
 
 
 class ServerInfo(rpc.ServerInfoServiceServicer):
@@ -268,15 +264,6 @@ class ServerInfo(rpc.ServerInfoServiceServicer):
         )
 
 
-class _Ranked:
-    """One ranking and its hits' fields for each query, and where the time went."""
-
-    def __init__(self, rankings: list[Ranking], fields: Sequence[Fields | None], timings: pb.Timings) -> None:
-        self.rankings = rankings
-        self.fields = fields
-        self.timings = timings
-
-
 async def _rank(
     engine: Engine,
     handle: IndexHandle,
@@ -284,7 +271,9 @@ async def _rank(
     k: int,
     options: pb.SearchOptions,
     seconds: float,
-) -> _Ranked:
+    finish: Callable[[DocumentSearcher, Sequence[Ranking], pb.Timings], Answer],
+) -> Answer:
+    """Rank documents and make the answer of them; making it takes longer than finding them, so not on the loop."""
     reranker = _reranker(engine) if options.rerank_depth else None
     left = _countdown(seconds)
     engine.require_in_time(len(queries), len(queries) * options.rerank_depth, left())
@@ -295,19 +284,21 @@ async def _rank(
         _refuse(_cancelled_out(vectors))
     timings = _timings(embedded)
     started = time.perf_counter_ns()
-    depth = max(k, options.rerank_depth)
-    rankings = await engine.on_index(
-        handle, lambda searcher: _search(searcher, vectors, depth, options), len(queries), left()
-    )
-    timings.search_ns = time.perf_counter_ns() - started
-    if reranker is not None:
-        started = time.perf_counter_ns()
-        rankings = await _reranked(engine, reranker, handle, [query.text for query in queries], rankings, k, left())
-        timings.rescore_ns = time.perf_counter_ns() - started
-    fields: Sequence[Fields | None] = [None] * len(rankings)
-    if options.fields:
-        fields = await engine.on_index(handle, lambda searcher: _fields(searcher, rankings, options.fields))
-    return _Ranked(rankings, fields, timings)
+
+    def search(searcher: DocumentSearcher) -> list[Ranking]:
+        found = _search(searcher, vectors, max(k, options.rerank_depth), options)
+        timings.search_ns = time.perf_counter_ns() - started
+        return found
+
+    if reranker is None:
+        return await engine.on_index(
+            handle, lambda searcher: finish(searcher, search(searcher), timings), len(queries), left()
+        )
+    found = await engine.on_index(handle, search, len(queries), left())
+    started = time.perf_counter_ns()
+    rankings = await _reranked(engine, reranker, handle, [query.text for query in queries], found, k, left())
+    timings.rescore_ns = time.perf_counter_ns() - started
+    return await engine.on_index(handle, lambda searcher: finish(searcher, rankings, timings))
 
 
 def _search(searcher: DocumentSearcher, vectors: Vectors, k: int, options: pb.SearchOptions) -> list[Ranking]:
@@ -444,17 +435,40 @@ def _size_violations(size: int, limits: Limits) -> list[Violation]:
     ]
 
 
-def _hits(ranking: Ranking, fields: Fields | None) -> list[pb.Hit]:
-    pairs = zip(ranking.doc_ids, ranking.scores.tolist(), strict=True)
-    hits = [pb.Hit(doc_id=doc_id, score=score, rank=rank) for rank, (doc_id, score) in enumerate(pairs, start=1)]
-    if fields is not None:
-        for hit, values in zip(hits, fields, strict=True):
-            hit.fields.update(values)
+def _search_response(hits: Sequence[Sequence[pb.Hit]], **about: Any) -> pb.SearchResponse:
+    return pb.SearchResponse(hits=hits[0], **about)
+
+
+def _batch_response(hits: Sequence[Sequence[pb.Hit]], **about: Any) -> pb.BatchSearchResponse:
+    return pb.BatchSearchResponse(results=[pb.SearchResult(hits=some) for some in hits], **about)
+
+
+def _hits(searcher: DocumentSearcher, rankings: Sequence[Ranking], fields: Sequence[str]) -> list[list[pb.Hit]]:
+    hits = [_ranked_hits(ranking) for ranking in rankings]
+    if fields:
+        for some, stored in zip(hits, _fields(searcher, rankings, fields), strict=True):
+            for hit, values in zip(some, stored, strict=True):
+                hit.fields.update(values)
     return hits
+
+
+def _ranked_hits(ranking: Ranking) -> list[pb.Hit]:
+    pairs = zip(ranking.doc_ids, ranking.scores.tolist(), strict=True)
+    return [pb.Hit(doc_id=doc_id, score=score, rank=rank) for rank, (doc_id, score) in enumerate(pairs, start=1)]
 
 
 def _timings(embedded: Embedded) -> pb.Timings:
     return pb.Timings(tokenize_ns=embedded.tokenize_ns, queue_ns=embedded.queue_ns, encode_ns=embedded.encode_ns)
+
+
+def _index_info(searcher: DocumentSearcher) -> pb.GetIndexResponse:
+    return pb.GetIndexResponse(
+        index_version=searcher.version,
+        kind=searcher.kind,
+        document_count=searcher.count,
+        dimension=searcher.dimension,
+        document_encoder=_encoder_info(searcher.card),
+    )
 
 
 def _encoder_info(card: EncoderCard) -> pb.EncoderInfo:

@@ -17,6 +17,7 @@ from serve.vectors import from_message
 
 AnyQuery = pb.SearchRequest | pb.Query
 MAX_ID_BYTES = 512
+_SMALLEST_HIT = len(pb.SearchResult(hits=[pb.Hit(doc_id="1", score=1.0, rank=1)]).SerializeToString())
 _BYTES = {"f32_le": 4, "f16_le": 2}
 MAX_FILTER_DEPTH = 32
 
@@ -36,6 +37,14 @@ def batch_search_violations(request: pb.BatchSearchRequest, limits: Limits, dime
     queries = request.queries[: limits.max_batch_queries]
     for i, query in enumerate(queries):
         violations.extend(_query(query, f"queries[{i}].", limits, dimension))
+    size = len(request.queries) * request.top_k * _SMALLEST_HIT
+    if not violations and size > limits.max_message_bytes:
+        violations.append(
+            Violation(
+                "top_k",
+                f"makes a response of {size} bytes at least, the limit is {limits.max_message_bytes}; lower it",
+            )
+        )
     return [*violations, *_options(request.options, request.top_k, queries, limits)]
 
 

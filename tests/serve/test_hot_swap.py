@@ -6,13 +6,27 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
-from serve_fakes import DIMENSION, STRANGER, FakeEncoder, FakeSearcher, FakeSource, Running, Start, real_store
+from serve_fakes import (
+    DIMENSION,
+    STRANGER,
+    FakeEncoder,
+    FakeReranker,
+    FakeSearcher,
+    FakeSource,
+    Running,
+    Start,
+    real_store,
+)
 
 from index.store import IndexStore
+from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.errors import ArtifactError, ServeError
+from retrieval_kd.runs import Ranking
+from serve import service
 from serve.client import Document, Options, RetrievalClient
 from serve.indexes import IndexHandle, StoreSource
 
@@ -243,6 +257,45 @@ def test_publishing_under_load_fails_no_call_and_mixes_no_versions(
 
 
 EXPECTED: dict[tuple[str, str], list[str]] = {}
+
+
+class WatchedSearcher(FakeSearcher):
+    """Remembers which threads counted its documents: a real one reads files for it, and may wait for a lock."""
+
+    counting: ClassVar[set[str]] = set()
+
+    @property
+    def count(self) -> int:
+        """Count."""
+        self.counting.add(threading.current_thread().name)
+        return len(self.ids)
+
+
+def test_the_loop_neither_counts_documents_nor_builds_replies(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it every caller and the health check wait while one reply of a second is built, or a file is read."""
+    building = set()
+    build = service._ranked_hits
+
+    def watched(ranking: Ranking) -> list[pb.Hit]:
+        building.add(threading.current_thread().name)
+        return build(ranking)
+
+    monkeypatch.setattr(service, "_ranked_hits", watched)
+    (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
+    source = FakeSource(*(WatchedSearcher(version=version) for version in (FIRST, SECOND)))
+    running = start(searcher=source, tokens=tmp_path / "tokens", reranker=FakeReranker())
+    with RetrievalClient(running.target, token=TOKEN) as admin:
+        admin.search("a")
+        admin.batch_search(["a", "b"])
+        admin.search("a", options=Options(rerank_depth=20))
+        assert admin.index().document_count == 40
+        admin.upsert([Document("new", vector=np.ones(DIMENSION))])
+        admin.publish(SECOND)
+    assert WatchedSearcher.counting
+    assert "loop" not in WatchedSearcher.counting
+    assert {name.split("_")[0] for name in building} == {"search"}
 
 
 def test_a_handle_closes_once_when_its_last_user_lets_go() -> None:

@@ -179,6 +179,18 @@ def test_a_response_beyond_the_message_limit_is_refused_with_its_cause(start: St
     assert "top_k: makes a response of" in refused.value.details()
 
 
+def test_a_batch_that_cannot_fit_is_refused_before_it_is_searched(start: Start, searcher: FakeSearcher) -> None:
+    """Without it a server would search and build megabytes for seconds, only to throw them away."""
+    running = start(searcher=searcher, limits=Limits(max_message_bytes=32 * 1024))
+    before = len(searcher.efforts)
+    request = pb.BatchSearchRequest(queries=[pb.Query(text="a")] * 10, top_k=1000)
+    with grpc.insecure_channel(running.target) as channel, pytest.raises(grpc.RpcError) as refused:
+        rpc.RetrievalServiceStub(channel).BatchSearch(request)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "top_k: makes a response of" in refused.value.details()
+    assert len(searcher.efforts) == before
+
+
 def test_a_message_of_seven_mebibytes_passes(stub: rpc.RetrievalServiceStub) -> None:
     """The 4 MB default of gRPC on either side is the most reported surprise of such services."""
     queries = [pb.Query(text="word " * 6000)] * 256
