@@ -111,7 +111,8 @@ async def serve(
     """Serve what ``load`` returns until ``stop`` is set, then finish the calls in flight.
 
     The port opens before loading, with health NOT_SERVING: a server that cannot be reached while it
-    loads looks dead to whoever watches it (qdrant#3010).
+    loads looks dead to whoever watches it (qdrant#3010). A stop while it loads ends it unready; the
+    process lasts until the step that its thread is in is done, for a thread cannot be interrupted.
 
     Raises:
         ServeError: the port cannot be opened.
@@ -136,7 +137,10 @@ async def serve(
         for server in servers:
             stack.push_async_callback(server.stop, None)
             await server.start()
-        engine = await stack.enter_async_context(await asyncio.to_thread(load))
+        engine = await _loaded(load, stack, stop)
+        if engine is None:
+            _log.info("stopped while loading")
+            return
         slot.put(engine)
         watching = asyncio.create_task(watch(engine.index, config.poll_seconds, reload or asyncio.Event()))
         stack.callback(watching.cancel)
@@ -149,6 +153,23 @@ async def serve(
         await checks.enter_graceful_shutdown()
         await asyncio.sleep(config.drain_delay)
         await asyncio.gather(*(server.stop(config.drain_seconds) for server in servers))
+
+
+async def _loaded(load: Callable[[], Engine], stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> Engine | None:
+    """Return the engine, entered and to be left by the stack; None when the stop came first."""
+
+    async def enter() -> Engine:
+        return await stack.enter_async_context(await asyncio.to_thread(load))
+
+    loading, stopping = asyncio.create_task(enter()), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        engine = loading.result() if loading.done() else None
+        return None if stop.is_set() else engine
+    finally:
+        stopping.cancel()
+        loading.cancel()
+        await asyncio.wait((loading, stopping))
 
 
 def _open_servers(

@@ -415,6 +415,44 @@ def test_while_loading_the_port_is_open_and_says_not_serving(loop: asyncio.Abstr
         done.result(20)
 
 
+@pytest.mark.parametrize("step", ["load", "open", "warm up"])
+def test_a_stop_while_loading_ends_the_server_without_its_ever_serving(
+    loop: asyncio.AbstractEventLoop, step: str
+) -> None:
+    """Without it SIGTERM is deaf for as long as a large index loads, and traffic then comes to a server that leaves."""
+    stop, reached, may_go_on, ready = asyncio.Event(), threading.Event(), threading.Event(), []
+    encoder, searcher = FakeEncoder(), FakeSearcher()
+
+    def hold() -> None:
+        reached.set()
+        assert may_go_on.wait(20)
+
+    def load() -> Engine:
+        if step == "load":
+            hold()
+        return Engine(encoder, FakeSource(searcher), Limits(), 1)
+
+    if step == "open":
+        searcher.self_test = hold
+    elif step == "warm up":
+        encoder.busy, encoder.gate = reached, may_go_on
+    done = asyncio.run_coroutine_threadsafe(serve(load, stop, config_of(0), on_ready=ready.append), loop)
+    try:
+        assert reached.wait(20)
+        loop.call_soon_threadsafe(stop.set)
+        if step != "warm up":  # there the batcher waits for the batch that its thread is in
+            done.result(5)
+    finally:
+        may_go_on.set()
+        done.result(20)
+    assert ready == []
+    if step == "open":
+        give_up = time.monotonic() + 10
+        while not searcher.closed:
+            assert time.monotonic() < give_up, "what was opened for nobody must be let go"
+            time.sleep(0.01)
+
+
 def test_stopping_finishes_the_calls_in_flight(start: Start, encoder: FakeEncoder) -> None:
     """A deployment that drops answers already being computed is seen by users as an outage."""
     running = start(encoder)
