@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -347,6 +348,30 @@ def test_health_knows_the_administration_only_where_it_is_offered(
     assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
     with grpc.insecure_channel(start(tokens=tmp_path / "tokens").target) as channel:
         assert health_pb2_grpc.HealthStub(channel).Check(asked).status == SERVING
+
+
+def test_each_port_reports_the_health_of_what_it_offers(start: Start) -> None:
+    """Without it the main port would call the administration healthy that only the other port has, and the reverse."""
+    port = free_port()
+    with (
+        grpc.insecure_channel(start(admin_port=port).target) as main,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as admin,
+    ):
+        asked = {name: health_pb2.HealthCheckRequest(service=name) for name in ("", SERVICES[0], ADMIN_SERVICE)}
+        for channel, known, unknown in ((main, SERVICES[0], ADMIN_SERVICE), (admin, ADMIN_SERVICE, SERVICES[0])):
+            stub = health_pb2_grpc.HealthStub(channel)
+            assert stub.Check(asked[""]).status == stub.Check(asked[known]).status == SERVING
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Check(asked[unknown])
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_check_finds_that_tracing_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a check passes, and the server then dies of the missing extra in the middle of the rollout."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
+    config = ServeConfig(tmp_path, tmp_path, port=0, trace="127.0.0.1:4317")
+    with pytest.raises(ServeError, match=r"tracing needs .*; pip install 'retrieval-kd\[otel\]'"):
+        asyncio.run(check(config))
 
 
 @pytest.mark.parametrize("option", ["port", "admin_port", "metrics_port"])
