@@ -1,5 +1,6 @@
 """Another index version takes the served one's place: no request fails, none mixes two, a bad one changes nothing."""
 
+import asyncio
 import errno
 import threading
 import time
@@ -27,7 +28,7 @@ from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.errors import ArtifactError, ServeError
 from retrieval_kd.runs import Ranking
 from serve import service
-from serve.client import Document, Options, RetrievalClient
+from serve.client import AsyncRetrievalClient, Document, Options, RetrievalClient
 from serve.indexes import IndexHandle, StoreSource
 
 FIRST, SECOND, THIRD = "0000000001-cafe", "0000000002-beef", "0000000003-f00d"
@@ -325,6 +326,24 @@ def test_documents_are_added_and_removed_at_once(admin: RetrievalClient, source:
         admin.upsert([Document("unwritable", vector=vector)])
     with pytest.raises(ServeError, match=r"documents\[1\].doc_id: occurs twice"):
         admin.upsert([Document("a", vector=vector), Document("a", vector=vector)])
+
+
+def test_the_async_client_administers_as_the_other_does(admin: RetrievalClient) -> None:
+    """Without it an asyncio service would need a thread and a second client to publish what it has built."""
+
+    async def main() -> None:
+        async with AsyncRetrievalClient(admin.running.target, token=TOKEN) as own:
+            await own.wait_until_ready(5)
+            write = await own.upsert([Document("new", vector=np.full(DIMENSION, 9.0))])
+            assert (write.index_version, write.document_count) == (FIRST, 41)
+            assert (await own.delete(["new"])).document_count == 40
+            assert await own.publish(SECOND) == FIRST
+            assert [one.index_version for one in await own.indexes() if one.serving] == [SECOND]
+            assert await own.rollback() == FIRST
+            with pytest.raises(ServeError, match="no index version 'nonsense'"):
+                await own.publish("nonsense")
+
+    asyncio.run(main())
 
 
 def test_the_version_stays_in_place_while_documents_are_written(
