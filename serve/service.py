@@ -27,6 +27,7 @@ from serve.reranking import Candidates, Reranker
 from serve.streams import in_order
 from serve.tracing import Tracer
 from serve.validate import (
+    UNFIT,
     AnyQuery,
     batch_search_violations,
     embed_violations,
@@ -310,7 +311,7 @@ def _search(searcher: DocumentSearcher, vectors: Vectors, k: int, options: pb.Se
     try:
         wanted = filter_from_message(options.filter)
         return searcher.search(vectors, k, exact=options.exact, filter=wanted, effort=effort)
-    except DataError as error:
+    except UNFIT as error:
         raise InvalidRequestError([Violation("options.filter", str(error))]) from error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from serve_fakes import (
     DIMENSION,
@@ -326,6 +327,37 @@ def test_documents_are_added_and_removed_at_once(admin: RetrievalClient, source:
         admin.upsert([Document("unwritable", vector=vector)])
     with pytest.raises(ServeError, match=r"documents\[1\].doc_id: occurs twice"):
         admin.upsert([Document("a", vector=vector), Document("a", vector=vector)])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_json_cannot_write_is_refused_with_its_place(admin: RetrievalClient, number: float) -> None:
+    """Without it the caller is told of an internal error and sends the same document again, for ever."""
+    vector = np.ones(DIMENSION)
+    sound = Document("sound", vector=vector, fields={"number": 1})
+    for fields, place in (({"number": number}, "number"), ({"a": {"b": [1.0, number]}}, r"a\.b\[1\]")):
+        with pytest.raises(ServeError, match=rf"documents\[1\]\.fields\.{place}: is NaN or infinity; give a finite"):
+            admin.upsert([sound, Document("new", vector=vector, fields=fields)])
+    assert admin.index().document_count == 40
+
+
+@pytest.mark.parametrize("error", [pa.ArrowInvalid("Integer value 9 not in range"), OverflowError("int too large")])
+def test_values_that_the_index_cannot_take_are_the_requests_fault(
+    admin: RetrievalClient, source: FakeSource, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Without it a filter or a field beyond some library's range is an internal error, which hides its cause."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    searcher = source.searchers[FIRST]
+    monkeypatch.setattr(searcher, "upsert", fail)
+    with pytest.raises(ServeError, match=f"documents: {error}"):
+        admin.upsert([Document("new", vector=np.ones(DIMENSION))])
+    monkeypatch.setattr(searcher, "search", fail)
+    with pytest.raises(ServeError, match=rf"options\.filter: {error}"):
+        admin.search("a", options=Options(filter={"eq": {"number": 3}}))
+    with pytest.raises(ServeError, match="internal error"):
+        admin.search("a")
 
 
 def test_the_async_client_administers_as_the_other_does(admin: RetrievalClient) -> None:
