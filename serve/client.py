@@ -387,7 +387,7 @@ class AsyncRetrievalClient:
             await self._call("indexes", self._stubs.index.ListIndexes, pb.ListIndexesRequest())
         )
 
-    async def publish(self, index_version: str = "", timeout: float = 600.0) -> str:  # noqa: ASYNC109  it is the deadline on the wire
+    async def publish(self, index_version: str = "", timeout: float = 600.0) -> str:  # noqa: ASYNC109  as RetrievalClient has it
         """Let the server serve a version, the store's current one when empty; return the one served before."""
         request = messages.publish_request(index_version)
         response: pb.PublishIndexResponse = await self._call(
@@ -395,7 +395,7 @@ class AsyncRetrievalClient:
         )
         return response.previous_version
 
-    async def rollback(self, timeout: float = 600.0) -> str:  # noqa: ASYNC109  it is the deadline on the wire
+    async def rollback(self, timeout: float = 600.0) -> str:  # noqa: ASYNC109  as RetrievalClient has it
         """Let the server serve the version before the one it serves; return its name."""
         request = pb.RollbackIndexRequest()
         response: pb.RollbackIndexResponse = await self._call(
@@ -403,17 +403,17 @@ class AsyncRetrievalClient:
         )
         return response.index_version
 
-    async def upsert(self, documents: Sequence[Document], timeout: float = 60.0) -> Write:  # noqa: ASYNC109  it is the deadline on the wire
+    async def upsert(self, documents: Sequence[Document], timeout: float = 60.0) -> Write:  # noqa: ASYNC109  as RetrievalClient has it
         """Add documents or replace those of the same id."""
         request = messages.upsert_request(documents)
         return messages.read_write(await self._call("upsert", self._stubs.admin.UpsertDocuments, request, timeout))
 
-    async def delete(self, doc_ids: Sequence[str], timeout: float = 60.0) -> Write:  # noqa: ASYNC109  it is the deadline on the wire
+    async def delete(self, doc_ids: Sequence[str], timeout: float = 60.0) -> Write:  # noqa: ASYNC109  as RetrievalClient has it
         """Remove documents."""
         request = messages.delete_request(doc_ids)
         return messages.read_write(await self._call("delete", self._stubs.admin.DeleteDocuments, request, timeout))
 
-    async def wait_until_ready(self, timeout: float = 60.0) -> None:  # noqa: ASYNC109  it is the deadline on the wire
+    async def wait_until_ready(self, timeout: float = 60.0) -> None:  # noqa: ASYNC109  as RetrievalClient has it
         """Return once the server answers requests; ``timeout`` in seconds."""
         give_up = time.monotonic() + timeout
         while not await asyncio.to_thread(self._to.is_ready, timeout, give_up):  # noqa: ASYNC110
