@@ -11,12 +11,11 @@ from google.protobuf.json_format import MessageToDict
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
-from retrieval_kd.errors import DataError
 from serve.engine import EngineSlot
 from serve.errors import InvalidRequestError, Violation
 from serve.indexes import DocumentSearcher
 from serve.limits import Limits
-from serve.validate import delete_violations, upsert_violations
+from serve.validate import UNFIT, delete_violations, upsert_violations
 from serve.vectors import from_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -72,7 +71,7 @@ class IndexAdmin(rpc.IndexAdminServiceServicer):
     async def _write(self, field: str, change: Callable[[DocumentSearcher], None]) -> tuple[str, int]:
         try:
             return await self._slot.engine.index.write(change)
-        except DataError as error:
+        except UNFIT as error:
             raise InvalidRequestError([Violation(field, str(error))]) from error
 
 

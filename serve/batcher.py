@@ -22,16 +22,14 @@ import numpy as np
 
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import Side
+from serve.backlog import SHORTEST_RETRY, moved, require_in_time
 from serve.errors import NotReadyError, OverloadedError
 from serve.limits import Limits
 from serve.metrics import Metrics
 
 Tokens = Sequence[int]
-SHORTEST_RETRY = 0.05
-"""Seconds; a client told to come back at once would be refused again."""
 QUERY_BATCHES = 4
 """Batches of queries that may go before a batch of documents that waits."""
-_NEWEST_WEIGHT = 0.2
 _STOPPING = "the server is stopping; ask another one"
 
 
@@ -186,12 +184,11 @@ class MicroBatcher:
         wait = self._wait(side)
         # A text is done when its batch is, and a batch that waited is seldom a small one.
         encoding = max(_tokens_of(rows) * self._seconds_per_token, self._seconds_per_batch)
-        if seconds is not None and wait > 0 and wait + encoding > seconds:
+        try:
+            require_in_time("the encoder", wait, encoding, seconds)
+        except OverloadedError:
             self._metrics.dropped("late", len(rows))
-            raise OverloadedError(
-                f"the encoder is busy for about {1e3 * wait:.0f} ms, longer than the request may take; try again later",
-                max(SHORTEST_RETRY, wait),
-            )
+            raise
 
     def _wait(self, side: Side) -> float:
         """Return the estimated seconds until a text that arrives now has its turn."""
@@ -262,12 +259,8 @@ class MicroBatcher:
                 entry.done.set_result(_Done(vector, started, ended))
 
     def _learn(self, seconds: float, tokens: int) -> None:
-        self._seconds_per_batch = _moved(self._seconds_per_batch, seconds)
-        self._seconds_per_token = _moved(self._seconds_per_token, seconds / max(1, tokens))
-
-
-def _moved(average: float, newest: float) -> float:
-    return average + _NEWEST_WEIGHT * (newest - average) if average else newest
+        self._seconds_per_batch = moved(self._seconds_per_batch, seconds)
+        self._seconds_per_token = moved(self._seconds_per_token, seconds / max(1, tokens))
 
 
 def _fail(entry: _Entry, error: BaseException) -> None:

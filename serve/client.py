@@ -58,6 +58,16 @@ __all__ = [
 
 Response = TypeVar("Response")
 _POLL_SECONDS = 0.05
+_KEEPALIVE_OPTIONS = [
+    # A stream has no deadline, and a connection that a network swallows says nothing: only a ping finds out. Servers
+    # hang up on clients that ping more often than every 10 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    # Some versions of gRPC go by one of the two, some by the other.
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    # gRPC would stop pinging after two pings without data, just when a stream is quiet.
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
 
 class _Connection:
@@ -69,7 +79,7 @@ class _Connection:
         self.retries = retries
         self.metadata = messages.token_metadata(target, token, tls)
         self.credentials = None if tls is None else tls.credentials()
-        self.options = Limits().message_options()
+        self.options = [*Limits().message_options(), *_KEEPALIVE_OPTIONS]
 
     def failed(self, name: str, error: grpc.RpcError) -> ServeError:
         return ServeError(f"{name} at {self.target}: {messages.explain(error, self.timeout)}")
@@ -80,6 +90,17 @@ class _Connection:
         if seconds is None or attempt >= self.retries or time.monotonic() + seconds >= give_up:
             return None
         return seconds
+
+    def is_ready(self, timeout: float, give_up: float) -> bool:
+        """Ask once whether the server answers requests; False while there is time to ask again."""
+        patience = max(_POLL_SECONDS, min(self.timeout, give_up - time.monotonic()))
+        try:
+            check_health(self.target, patience, self.credentials)
+        except ServeError as error:
+            if time.monotonic() >= give_up:
+                raise ServeError(f"{error}; waited {timeout:g} s") from None
+            return False
+        return True
 
 
 class _Stubs:
@@ -164,7 +185,7 @@ class RetrievalClient:
         vectors: npt.ArrayLike | None = None,
         options: Options | None = None,
     ) -> list[SearchResult]:
-        """Rank documents against many texts, or vectors ``[n, d]``, in calls of 256; results in their order."""
+        """Rank documents against many texts, or vectors ``[n, d]``, as many in each call as servers take, in order."""
         found = []
         for request in messages.batch_requests(texts, vectors, top_k, options):
             found += messages.read_batch(self._call("batch_search", self._stubs.retrieval.BatchSearch, request))
@@ -173,7 +194,7 @@ class RetrievalClient:
     def search_stream(
         self, texts: Iterable[str], top_k: int = 10, options: Options | None = None
     ) -> Iterator[SearchResult]:
-        """Rank documents against texts as they come; results in their order, the stream without a deadline."""
+        """Rank documents against texts as they come; results in their order, without a deadline."""
         requests = messages.tagged_searches(texts, top_k, options)
         for answer in self._stream("search_stream", self._stubs.retrieval.StreamSearch, requests):
             yield messages.read_search(answer.response)
@@ -210,7 +231,7 @@ class RetrievalClient:
 
     def publish(self, index_version: str = "", timeout: float = 600.0) -> str:
         """Let the server serve a version, the store's current one when empty; return the one served before."""
-        request = pb.PublishIndexRequest(index_version=index_version)
+        request = messages.publish_request(index_version)
         response: pb.PublishIndexResponse = self._call("publish", self._stubs.admin.PublishIndex, request, timeout)
         return response.previous_version
 
@@ -223,25 +244,17 @@ class RetrievalClient:
     def upsert(self, documents: Sequence[Document], timeout: float = 60.0) -> Write:
         """Add documents or replace those of the same id."""
         request = messages.upsert_request(documents)
-        response = self._call("upsert", self._stubs.admin.UpsertDocuments, request, timeout)
-        return Write(response.index_version, response.document_count)
+        return messages.read_write(self._call("upsert", self._stubs.admin.UpsertDocuments, request, timeout))
 
     def delete(self, doc_ids: Sequence[str], timeout: float = 60.0) -> Write:
         """Remove documents."""
-        request = pb.DeleteDocumentsRequest(doc_ids=messages.checked_texts("delete", doc_ids))
-        response = self._call("delete", self._stubs.admin.DeleteDocuments, request, timeout)
-        return Write(response.index_version, response.document_count)
+        request = messages.delete_request(doc_ids)
+        return messages.read_write(self._call("delete", self._stubs.admin.DeleteDocuments, request, timeout))
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Return once the server answers requests; ``timeout`` in seconds."""
         give_up = time.monotonic() + timeout
-        while True:
-            patience = max(_POLL_SECONDS, min(self._to.timeout, give_up - time.monotonic()))
-            try:
-                return check_health(self._to.target, patience, self._to.credentials)
-            except ServeError as error:
-                if time.monotonic() >= give_up:
-                    raise ServeError(f"{error}; waited {timeout:g} s") from None
+        while not self._to.is_ready(timeout, give_up):
             time.sleep(_POLL_SECONDS)
 
     def _call(
@@ -328,7 +341,7 @@ class AsyncRetrievalClient:
         vectors: npt.ArrayLike | None = None,
         options: Options | None = None,
     ) -> list[SearchResult]:
-        """Rank documents against many texts, or vectors ``[n, d]``, in calls of 256; results in their order."""
+        """Rank documents against many texts, or vectors ``[n, d]``, as many in each call as servers take, in order."""
         found = []
         for request in messages.batch_requests(texts, vectors, top_k, options):
             found += messages.read_batch(await self._call("batch_search", self._stubs.retrieval.BatchSearch, request))
@@ -337,7 +350,7 @@ class AsyncRetrievalClient:
     async def search_stream(
         self, texts: Iterable[str], top_k: int = 10, options: Options | None = None
     ) -> AsyncIterator[SearchResult]:
-        """Rank documents against texts as they come; results in their order, the stream without a deadline."""
+        """Rank documents against texts as they come; results in their order, without a deadline."""
         requests = messages.tagged_searches(texts, top_k, options)
         async for answer in self._stream("search_stream", self._stubs.retrieval.StreamSearch, requests):
             yield messages.read_search(answer.response)
@@ -368,8 +381,48 @@ class AsyncRetrievalClient:
         request = pb.GetIndexRequest()
         return messages.read_index(await self._call("index", self._stubs.index.GetIndex, request))
 
-    async def _call(self, name: str, method: Callable[..., Awaitable[Response]], request: Message) -> Response:
-        give_up = time.monotonic() + self._to.timeout
+    async def indexes(self) -> list[IndexSummary]:
+        """Return every version that the store keeps, oldest first."""
+        return messages.read_indexes(
+            await self._call("indexes", self._stubs.index.ListIndexes, pb.ListIndexesRequest())
+        )
+
+    async def publish(self, index_version: str = "", timeout: float = 600.0) -> str:  # noqa: ASYNC109  as RetrievalClient has it
+        """Let the server serve a version, the store's current one when empty; return the one served before."""
+        request = messages.publish_request(index_version)
+        response: pb.PublishIndexResponse = await self._call(
+            "publish", self._stubs.admin.PublishIndex, request, timeout
+        )
+        return response.previous_version
+
+    async def rollback(self, timeout: float = 600.0) -> str:  # noqa: ASYNC109  as RetrievalClient has it
+        """Let the server serve the version before the one it serves; return its name."""
+        request = pb.RollbackIndexRequest()
+        response: pb.RollbackIndexResponse = await self._call(
+            "rollback", self._stubs.admin.RollbackIndex, request, timeout
+        )
+        return response.index_version
+
+    async def upsert(self, documents: Sequence[Document], timeout: float = 60.0) -> Write:  # noqa: ASYNC109  as RetrievalClient has it
+        """Add documents or replace those of the same id."""
+        request = messages.upsert_request(documents)
+        return messages.read_write(await self._call("upsert", self._stubs.admin.UpsertDocuments, request, timeout))
+
+    async def delete(self, doc_ids: Sequence[str], timeout: float = 60.0) -> Write:  # noqa: ASYNC109  as RetrievalClient has it
+        """Remove documents."""
+        request = messages.delete_request(doc_ids)
+        return messages.read_write(await self._call("delete", self._stubs.admin.DeleteDocuments, request, timeout))
+
+    async def wait_until_ready(self, timeout: float = 60.0) -> None:  # noqa: ASYNC109  as RetrievalClient has it
+        """Return once the server answers requests; ``timeout`` in seconds."""
+        give_up = time.monotonic() + timeout
+        while not await asyncio.to_thread(self._to.is_ready, timeout, give_up):  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _call(
+        self, name: str, method: Callable[..., Awaitable[Response]], request: Message, seconds: float | None = None
+    ) -> Response:
+        give_up = time.monotonic() + (seconds or self._to.timeout)
         attempt = 0
         while True:
             try:

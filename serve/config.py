@@ -10,6 +10,9 @@ from typing import Any
 from serve.limits import Limits
 from serve.tls import CertificateFiles
 
+LOOPBACK = "127.0.0.1"
+"""Where the administration has its port: reachable from this machine alone."""
+
 
 @dataclass(frozen=True)
 class ServeConfig:
@@ -40,7 +43,7 @@ class ServeConfig:
 
     store: Path
     encoder: Path
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     port: int = 50051
     workers: int = 1
     threads: int | None = None
@@ -50,7 +53,7 @@ class ServeConfig:
     tokens: Path | None = None
     admin_port: int | None = None
     metrics_port: int | None = None
-    metrics_host: str = "127.0.0.1"
+    metrics_host: str = LOOPBACK
     trace: str | None = None
     json_logs: bool = False
     poll_seconds: float = 2.0

@@ -17,14 +17,15 @@ import numpy as np
 
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side
+from serve.backlog import Backlog
 from serve.batcher import Encoded, MicroBatcher
 from serve.errors import NotReadyError
 from serve.indexes import DocumentSearcher, IndexHandle, IndexHost, IndexSource, StoreSource
 from serve.limits import Limits
 from serve.metrics import Metrics
+from serve.reranking import Candidates, Reranker, RerankQueue
 
 T = TypeVar("T")
-_RERANKED_AT_ONCE = 16
 
 
 class TextEncoder(Protocol):
@@ -39,17 +40,6 @@ class TextEncoder(Protocol):
 
     def run(self, rows: Sequence[Sequence[int]]) -> Vectors:
         """Return float32 ``[len(rows), d]``, a row's vector not depending on its batch."""
-
-
-class Reranker(Protocol):
-    """Scores a query against texts, slowly and accurately."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Return the sha256 over everything that changes a score."""
-
-    def score(self, query: str, texts: Sequence[str]) -> Vectors:
-        """Return one logit for each text, float32 ``[len(texts)]``."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,8 @@ class Engine:
         self.index = IndexHost(source, encoder.card, self.metrics)
         self._limits = limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
-        self._rerank_thread = ThreadPoolExecutor(1, thread_name_prefix="reranker")
+        self._searches = Backlog("the index", threads)
+        self._reranking = RerankQueue()
         self._exit = AsyncExitStack()
 
     @classmethod
@@ -127,7 +118,7 @@ class Engine:
             EncoderMismatch: the encoder's vectors do not lie in the index's space.
         """
         self._exit.callback(self._pool.shutdown)
-        self._exit.callback(self._rerank_thread.shutdown)
+        self._exit.callback(self._reranking.close)
         try:
             await self.index.follow()
             self._exit.callback(self.index.close)
@@ -136,7 +127,9 @@ class Engine:
             )
             warm = await self.embed(["warm up"])
             with self.index.hold() as handle:
-                await self.on_index(handle, lambda searcher: searcher.search(warm.vectors, 1))
+                await self.on_index(handle, lambda searcher: searcher.search(warm.vectors, 1), 1)
+            if self.reranker is not None:
+                await self.rerank(self.reranker, [Candidates("warm up", ["warm up"])])
         except BaseException:
             await self._exit.aclose()
             raise
@@ -171,29 +164,73 @@ class Engine:
         encoded: Encoded = await self._batcher.encode(rows, turn or side, left)
         return Embedded(encoded.vectors, tokenized - started, encoded.queue_ns, encoded.encode_ns)
 
-    async def on_index(self, handle: IndexHandle, work: Callable[[DocumentSearcher], T]) -> T:
+    def require_in_time(self, queries: int, pairs: int, seconds: float | None) -> None:
+        """Refuse a request before any work is done for it.
+
+        Args:
+            queries: How many it searches the index for.
+            pairs: How many pairs of query and text it has reranked.
+            seconds: How long the caller waits; None if for ever.
+
+        Raises:
+            OverloadedError: index or reranker would be done with it too late.
+        """
+        self._searches.require_in_time(queries, seconds)
+        if pairs:
+            self._reranking.require_in_time(pairs, seconds)
+
+    async def on_index(
+        self,
+        handle: IndexHandle,
+        work: Callable[[DocumentSearcher], T],
+        queries: int = 0,
+        seconds: float | None = None,
+    ) -> T:
         """Run work that reads an index version; the version stays open until the thread is done with it.
 
         A caller who is cancelled leaves the thread behind, and it must not find its files unmapped.
+
+        Args:
+            handle: The version.
+            work: What to do with it.
+            queries: How many it is searched for; 0 for work that is short beside a search.
+            seconds: How long the caller waits; None if for ever.
+
+        Raises:
+            OverloadedError: the work would be done too late; it was not queued.
         """
-        handle.acquire()
-        try:
-            running = self._pool.submit(work, handle.searcher)
-        except BaseException:
+        if queries:
+            self._searches.require_in_time(queries, seconds)
+
+        def timed() -> T:
+            started = time.perf_counter()
+            done = work(handle.searcher)
+            self._searches.learn(queries, time.perf_counter() - started)
+            return done
+
+        def leave(_: object) -> None:
+            self._searches.leave(queries)
             handle.release()
+
+        handle.acquire()
+        self._searches.enter(queries)
+        try:
+            running = self._pool.submit(timed)
+        except BaseException:
+            leave(None)
             raise
-        running.add_done_callback(lambda _: handle.release())
+        running.add_done_callback(leave)
         return await asyncio.wrap_future(running)
 
-    async def rerank(self, reranker: Reranker, query: str, texts: Sequence[str]) -> Vectors:
-        """Score texts against a query, float32 ``[len(texts)]``.
+    async def rerank(
+        self, reranker: Reranker, wanted: Sequence[Candidates], seconds: float | None = None
+    ) -> list[Vectors]:
+        """Score each query's texts, float32 ``[len(texts)]`` each; requests have their turn as they arrive.
 
-        A call that is given up ends within a few texts, and those of several callers take turns.
+        Raises:
+            OverloadedError: they would be scored after ``seconds``.
         """
-        loop = asyncio.get_running_loop()
-        parts = [texts[start : start + _RERANKED_AT_ONCE] for start in range(0, len(texts), _RERANKED_AT_ONCE)]
-        scored = [await loop.run_in_executor(self._rerank_thread, reranker.score, query, part) for part in parts]
-        return np.concatenate(scored)
+        return await self._reranking.score(reranker, wanted, seconds)
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         """Run on the pool; work that has not begun when the caller gives up never begins."""

@@ -26,6 +26,7 @@ from serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 VERSION = "dense.retrieval/index_version"
+UNREADABLE = "unreadable"
 
 
 class DocumentSearcher(Protocol):
@@ -91,13 +92,13 @@ class DocumentSearcher(Protocol):
 
 @dataclass(frozen=True)
 class VersionSummary:
-    """What a store says about one of its versions without opening it."""
+    """What a store says about one of its versions without opening it; of one it cannot read, the name alone."""
 
     version: str
-    created_at: str
-    kind: str
-    count: int
-    dimension: int
+    created_at: str = ""
+    kind: str = UNREADABLE
+    count: int = 0
+    dimension: int = 0
 
 
 class IndexSource(Protocol):
@@ -106,8 +107,11 @@ class IndexSource(Protocol):
     def current(self) -> str:
         """Return the name of the version that shall be served."""
 
+    def names(self) -> list[str]:
+        """Return the name of every version, oldest first, sound or not."""
+
     def versions(self) -> list[VersionSummary]:
-        """Return every version, oldest first."""
+        """Return every version, oldest first; one that cannot be read is marked, and hides none of the others."""
 
     def open(self, version: str) -> DocumentSearcher:
         """Open a version after checking its bytes."""
@@ -129,18 +133,13 @@ class StoreSource:
         """Return the name in ``CURRENT``."""
         return self._store.current().name
 
+    def names(self) -> list[str]:
+        """Return the names of the versions' folders."""
+        return [folder.name for folder in self._store.versions()]
+
     def versions(self) -> list[VersionSummary]:
         """Return what the manifests say."""
-        from index.manifest import IndexManifest
-
-        summaries = []
-        for folder in self._store.versions():
-            manifest = IndexManifest.load(folder)
-            content = manifest.content
-            summaries.append(
-                VersionSummary(folder.name, manifest.created_at, content.index.kind, content.count, content.dimension)
-            )
-        return summaries
+        return [_summary(folder) for folder in self._store.versions()]
 
     def open(self, version: str) -> DocumentSearcher:
         """Check every byte of a version and map it."""
@@ -152,6 +151,18 @@ class StoreSource:
     def select(self, version: str) -> None:
         """Move ``CURRENT``."""
         self._store.publish_existing(version)
+
+
+def _summary(folder: Path) -> VersionSummary:
+    from index.manifest import IndexManifest
+
+    try:
+        manifest = IndexManifest.load(folder)
+    except (RkdError, OSError) as error:
+        _log.warning("index version %s cannot be read: %s", folder.name, error)
+        return VersionSummary(folder.name)
+    content = manifest.content
+    return VersionSummary(folder.name, manifest.created_at, content.index.kind, content.count, content.dimension)
 
 
 class IndexHandle:
@@ -175,6 +186,14 @@ class IndexHandle:
             last = self._users == 0
         if last:
             self.searcher.close()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A version that has passed its test, and its documents, counted where reading files holds up nobody."""
+
+    searcher: DocumentSearcher
+    count: int
 
 
 class IndexHost:
@@ -265,7 +284,7 @@ class IndexHost:
         """Publish the newest version that is older than the one being served; see :meth:`publish`."""
         async with self._swapping:
             served = self._serving().searcher.version
-            older = [one.version for one in await self.versions() if one.version < served]
+            older = [name for name in await asyncio.to_thread(self._source.names) if name < served]
             if not older:
                 raise UnknownError(VERSION, "", f"no version is older than {served}; publish another one by name")
             return await self._publish(older[-1])
@@ -279,24 +298,29 @@ class IndexHost:
         Raises:
             StoreError: the change cannot be written.
         """
+
+        def change(searcher: DocumentSearcher) -> int:
+            work(searcher)
+            return searcher.count
+
         async with self._swapping:
             with self.hold() as handle:
                 searcher = handle.searcher
                 # Once begun it ends, whether or not the caller waits: the handle has to stay held until then.
-                writing = asyncio.ensure_future(asyncio.to_thread(work, searcher))
+                writing = asyncio.ensure_future(asyncio.to_thread(change, searcher))
                 try:
-                    await asyncio.shield(writing)
+                    count = await asyncio.shield(writing)
                 except asyncio.CancelledError:
                     await asyncio.wait([writing])
                     raise
                 except ArtifactError as error:
                     raise StoreError(str(error)) from error
-                self._metrics.documents(searcher.count)
-                return searcher.version, searcher.count
+                self._metrics.documents(count)
+                return searcher.version, count
 
     async def _publish(self, version: str) -> tuple[str, str]:
         before = self._serving().searcher.version
-        known = [one.version for one in await self.versions()]
+        known = await asyncio.to_thread(self._source.names)
         if version not in known:
             raise UnknownError(VERSION, version, f"no index version {version!r}; there are {', '.join(known)}")
         opened = await self._open(version) if version != before else None
@@ -304,7 +328,7 @@ class IndexHost:
             await asyncio.to_thread(self._source.select, version)
         except BaseException as error:
             if opened is not None:
-                opened.close()
+                opened.searcher.close()
             if isinstance(error, ArtifactError):
                 raise StoreError(str(error)) from error
             raise
@@ -312,16 +336,16 @@ class IndexHost:
             self._swap(opened)
         return version, before
 
-    async def _open(self, version: str) -> DocumentSearcher:
-        def work() -> DocumentSearcher:
+    async def _open(self, version: str) -> _Opened:
+        def work() -> _Opened:
             searcher = self._source.open(version)
             try:
                 searcher.check_query_encoder(self._card)
                 searcher.self_test()
+                return _Opened(searcher, searcher.count)
             except BaseException:
                 searcher.close()
                 raise
-            return searcher
 
         # Not the search pool: checking the bytes of a large version takes seconds, and searches go on meanwhile.
         opening = asyncio.ensure_future(asyncio.to_thread(work))
@@ -331,18 +355,20 @@ class IndexHost:
             opening.add_done_callback(_close_unused)
             raise
         except Exception as error:
-            self._refused = version
+            # What the machine lacks for a moment, such as a free file descriptor, says nothing about the version.
+            if not isinstance(error, OSError):
+                self._refused = version
             self._metrics.index_refused()
             _log.error("index version %s was refused: %s", version, error)
             if isinstance(error, RkdError):
                 raise
             raise ArtifactError(f"index version {version} cannot be opened ({error}); build it again") from error
 
-    def _swap(self, searcher: DocumentSearcher) -> None:
-        before, self._handle = self._handle, IndexHandle(searcher)
+    def _swap(self, opened: _Opened) -> None:
+        before, self._handle = self._handle, IndexHandle(opened.searcher)
         self._refused = ""
-        self._metrics.index(searcher.version, searcher.count)
-        _log.info("serving index version %s", searcher.version)
+        self._metrics.index(opened.searcher.version, opened.count)
+        _log.info("serving index version %s", opened.searcher.version)
         if before is not None:
             before.release()
 
@@ -352,9 +378,9 @@ class IndexHost:
         return self._handle
 
 
-def _close_unused(opening: asyncio.Future[DocumentSearcher]) -> None:
+def _close_unused(opening: asyncio.Future[_Opened]) -> None:
     if not opening.cancelled() and opening.exception() is None:
-        opening.result().close()
+        opening.result().searcher.close()
 
 
 async def watch(host: IndexHost, seconds: float, reload: asyncio.Event) -> None:
@@ -368,5 +394,5 @@ async def watch(host: IndexHost, seconds: float, reload: asyncio.Event) -> None:
             await host.follow(again)
         except NotReadyError:
             continue
-        except RkdError as error:
+        except (RkdError, OSError) as error:
             _log.error("the index that is served stays: %s", error)

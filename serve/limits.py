@@ -50,6 +50,14 @@ class Limits:
     max_effort: int = 4096
     max_stream_idle_ms: int = 300_000
 
+    @property
+    def max_rerank_pairs(self) -> int:
+        """Return how many pairs of query and document one BatchSearch may have reranked.
+
+        The protocol has no field for it; it follows from ``max_rerank_documents``, which has one.
+        """
+        return 10 * self.max_rerank_documents
+
     def seconds_for(self, remaining: float | None) -> float:
         """Return how many seconds a request may take whose caller waits ``remaining`` more (None: no deadline)."""
         return min(self.default_deadline_ms / 1e3 if remaining is None else remaining, self.max_deadline_ms / 1e3)

@@ -26,7 +26,6 @@ DEADLINE_SECONDS = 5.0
 RETRIES = 3
 EMBED_TEXTS = 32
 _DETAILS = "grpc-status-details-bin"
-_BATCH_QUERIES = Limits().max_batch_queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +252,15 @@ def batch_requests(
     message = None if options is None else options.to_message()
     return [
         pb.BatchSearchRequest(queries=some, top_k=checked_top_k(top_k), options=message)
-        for some in chunks(queries, _BATCH_QUERIES) or [[]]
+        for some in chunks(queries, _batch_size(options)) or [[]]
     ]
+
+
+def _batch_size(options: Options | None) -> int:
+    """Return how many queries a server takes at once by default."""
+    limits = Limits()
+    depth = 0 if options is None else options.rerank_depth
+    return min(limits.max_batch_queries, max(1, limits.max_rerank_pairs // max(1, depth)))
 
 
 def embed_request(name: str, texts: Sequence[str], documents: bool) -> pb.EmbedRequest:
@@ -285,6 +291,16 @@ def upsert_request(documents: Sequence[Document]) -> pb.UpsertDocumentsRequest:
             message.vector.CopyFrom(_vector(document.vector))
         message.fields.update(document.fields)
     return request
+
+
+def publish_request(index_version: str) -> pb.PublishIndexRequest:
+    """Return the request to serve a version, the store's current one when empty."""
+    return pb.PublishIndexRequest(index_version=index_version)
+
+
+def delete_request(doc_ids: Sequence[str]) -> pb.DeleteDocumentsRequest:
+    """Return the request to remove documents."""
+    return pb.DeleteDocumentsRequest(doc_ids=checked_texts("delete", doc_ids))
 
 
 def read_search(response: pb.SearchResponse) -> SearchResult:
@@ -336,6 +352,11 @@ def read_index(response: pb.GetIndexResponse) -> IndexInfo:
     )
 
 
+def read_write(response: pb.UpsertDocumentsResponse | pb.DeleteDocumentsResponse) -> Write:
+    """Return what a change of documents led to."""
+    return Write(response.index_version, response.document_count)
+
+
 def read_indexes(response: pb.ListIndexesResponse) -> list[IndexSummary]:
     """Return the versions of a store."""
     return [
@@ -379,15 +400,31 @@ def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 def tagged_searches(texts: Iterable[str], top_k: int, options: Options | None) -> Iterator[pb.StreamSearchRequest]:
-    """Return the requests of a stream of searches, numbered."""
-    for tag, text in enumerate(texts):
-        yield pb.StreamSearchRequest(tag=tag, search=search_request(text, None, top_k, options))
+    """Return the requests of a stream of searches, numbered.
+
+    Raises:
+        ServeError: the wire cannot carry ``top_k`` or the filter.
+    """
+    # At once: gRPC reads a stream's requests in a thread of its own, where an error has nobody to go to.
+    search_request("", None, top_k, options)
+    return (
+        pb.StreamSearchRequest(tag=tag, search=search_request(text, None, top_k, options))
+        for tag, text in enumerate(texts)
+    )
 
 
 def tagged_embeds(texts: Sequence[str], documents: bool) -> Iterator[pb.StreamEmbedRequest]:
-    """Return the requests of a stream of encodings, numbered."""
-    for tag, some in enumerate(chunks(checked_texts("embed_stream", texts), EMBED_TEXTS)):
-        yield pb.StreamEmbedRequest(tag=tag, embed=embed_request("embed_stream", some, documents))
+    """Return the requests of a stream of encodings, numbered.
+
+    Raises:
+        ServeError: there are no texts, so that nobody could say how wide their vectors are; or one bare text.
+    """
+    if len(checked_texts("embed_stream", texts)) == 0:
+        raise ServeError("embed_stream: texts has 0 entries; give at least 1")
+    return (
+        pb.StreamEmbedRequest(tag=tag, embed=embed_request("embed_stream", some, documents))
+        for tag, some in enumerate(chunks(texts, EMBED_TEXTS))
+    )
 
 
 def checked_top_k(top_k: int) -> int:

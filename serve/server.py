@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -17,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from retrieval_kd.errors import ServeError
 from serve.admin import add_admin_service
 from serve.auth import TokenFile
-from serve.config import ServeConfig
+from serve.config import LOOPBACK, ServeConfig
 from serve.engine import Engine, EngineSlot
 from serve.guard import Guard
 from serve.indexes import watch
@@ -28,7 +29,6 @@ from serve.tls import require_safe_address, server_credentials
 from serve.tracing import Tracer, open_tracer
 
 _log = logging.getLogger(__name__)
-_LOOPBACK = "127.0.0.1"
 _CONNECTION_OPTIONS = [
     # Behind a balancer that spreads connections, long-lived ones would keep new servers idle.
     ("grpc.max_connection_age_ms", 30 * 60_000),
@@ -77,7 +77,7 @@ async def check(config: ServeConfig) -> dict[str, Any]:
     require_safe_address(config.host, config.tls, config.insecure)
     for option, host, port in (
         ("--port", config.host, config.port),
-        ("--admin-port", _LOOPBACK, config.admin_port),
+        ("--admin-port", LOOPBACK, config.admin_port),
         ("--metrics-port", config.metrics_host, config.metrics_port),
     ):
         if port is not None:
@@ -86,6 +86,7 @@ async def check(config: ServeConfig) -> dict[str, Any]:
         server_credentials(config.tls)
     if config.tokens is not None:
         TokenFile(config.tokens)
+    open_tracer(config.trace).close()
     async with Engine.open(
         config.store, config.encoder, config.limits, config.threads, None, config.reranker
     ) as engine:
@@ -111,7 +112,8 @@ async def serve(
     """Serve what ``load`` returns until ``stop`` is set, then finish the calls in flight.
 
     The port opens before loading, with health NOT_SERVING: a server that cannot be reached while it
-    loads looks dead to whoever watches it (qdrant#3010).
+    loads looks dead to whoever watches it (qdrant#3010). A stop while it loads ends it unready; the
+    process lasts until the step that its thread is in is done, for a thread cannot be interrupted.
 
     Raises:
         ServeError: the port cannot be opened.
@@ -123,38 +125,60 @@ async def serve(
     async with contextlib.AsyncExitStack() as stack:
         tracer = open_tracer(config.trace)
         stack.callback(tracer.close)
-        checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        servers, bound = _open_servers(config, slot, checks, metrics, tracer)
-        names = (
-            "",
-            *SERVICES,
-            *([ADMIN_SERVICE] if config.tokens is not None or config.admin_port is not None else []),
-        )
-        await _announce(checks, names, health_pb2.HealthCheckResponse.NOT_SERVING)
+        ports, bound = _open_ports(config, slot, metrics, tracer)
+        await _announce(ports, health_pb2.HealthCheckResponse.NOT_SERVING)
         if config.metrics_port is not None and not config.reuse_port:
             stack.enter_context(serve_metrics(metrics.registry, config.metrics_host, config.metrics_port))
-        for server in servers:
-            stack.push_async_callback(server.stop, None)
-            await server.start()
-        engine = await stack.enter_async_context(await asyncio.to_thread(load))
+        for port in ports:
+            stack.push_async_callback(port.server.stop, None)
+            await port.server.start()
+        engine = await _loaded(load, stack, stop)
+        if engine is None:
+            _log.info("stopped while loading")
+            return
         slot.put(engine)
         watching = asyncio.create_task(watch(engine.index, config.poll_seconds, reload or asyncio.Event()))
         stack.callback(watching.cancel)
-        await _announce(checks, names, health_pb2.HealthCheckResponse.SERVING)
+        await _announce(ports, health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving on %s:%d", config.host, bound)
         if on_ready is not None:
             on_ready(bound)
         await stop.wait()
         _log.info("draining")
-        await checks.enter_graceful_shutdown()
+        for port in ports:
+            await port.checks.enter_graceful_shutdown()
         await asyncio.sleep(config.drain_delay)
-        await asyncio.gather(*(server.stop(config.drain_seconds) for server in servers))
+        await asyncio.gather(*(port.server.stop(config.drain_seconds) for port in ports))
 
 
-def _open_servers(
-    config: ServeConfig, slot: EngineSlot, checks: Any, metrics: Metrics, tracer: Tracer
-) -> tuple[list[grpc.aio.Server], int]:
-    """Return the main server, and one for the administration if that has a port of its own."""
+async def _loaded(load: Callable[[], Engine], stack: contextlib.AsyncExitStack, stop: asyncio.Event) -> Engine | None:
+    """Return the engine, entered and to be left by the stack; None when the stop came first."""
+
+    async def enter() -> Engine:
+        return await stack.enter_async_context(await asyncio.to_thread(load))
+
+    loading, stopping = asyncio.create_task(enter()), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        engine = loading.result() if loading.done() else None
+        return None if stop.is_set() else engine
+    finally:
+        stopping.cancel()
+        loading.cancel()
+        await asyncio.wait((loading, stopping))
+
+
+@dataclass(frozen=True)
+class _Port:
+    """A server, and the health of the services that it and no other offers."""
+
+    server: grpc.aio.Server
+    services: tuple[str, ...]
+    checks: Any = field(default_factory=health.aio.HealthServicer)  # type: ignore[attr-defined]
+
+
+def _open_ports(config: ServeConfig, slot: EngineSlot, metrics: Metrics, tracer: Tracer) -> tuple[list[_Port], int]:
+    """Return the main port, and one for the administration if that has its own, and the main one's number."""
     tokens = TokenFile(config.tokens) if config.tokens is not None else None
     guard = Guard(config.limits, metrics, tokens, tracer)
     # Without so_reuseport=0 a second server on the same port starts in silence and takes half of the calls.
@@ -165,23 +189,22 @@ def _open_servers(
         *_CONNECTION_OPTIONS,
         *config.limits.message_options(),
     ]
-    server = grpc.aio.server(interceptors=[guard], options=options)
-    add_services(server, slot, config.limits, tracer)
-    names = [*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME]
-    if tokens is not None:
-        add_admin_service(server, slot, config.limits)
-        names.append(ADMIN_SERVICE)
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection(names, server)
-    bound = _bind(server, config, config.host, config.port)
-    servers = [server]
+    main = _Port(
+        grpc.aio.server(interceptors=[guard], options=options),
+        SERVICES if tokens is None else (*SERVICES, ADMIN_SERVICE),
+    )
+    add_services(main.server, slot, config.limits, tracer)
+    reflection.enable_server_reflection([*main.services, health.SERVICE_NAME, reflection.SERVICE_NAME], main.server)
+    bound = _bind(main.server, config, config.host, config.port)
+    ports = [main]
     if config.admin_port is not None:
-        admin = grpc.aio.server(interceptors=[guard], options=options)
-        add_admin_service(admin, slot, config.limits)
-        health_pb2_grpc.add_HealthServicer_to_server(checks, admin)
-        _bind(admin, config, _LOOPBACK, config.admin_port)
-        servers.append(admin)
-    return servers, bound
+        ports.append(_Port(grpc.aio.server(interceptors=[guard], options=options), (ADMIN_SERVICE,)))
+        _bind(ports[-1].server, config, LOOPBACK, config.admin_port)
+    for port in ports:
+        health_pb2_grpc.add_HealthServicer_to_server(port.checks, port.server)
+        if ADMIN_SERVICE in port.services:
+            add_admin_service(port.server, slot, config.limits)
+    return ports, bound
 
 
 def _bind(server: grpc.aio.Server, config: ServeConfig, host: str, port: int) -> int:
@@ -210,6 +233,7 @@ def _require_free(option: str, host: str, port: int) -> None:
             ) from None
 
 
-async def _announce(checks: Any, names: Sequence[str], status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-    for name in names:
-        await checks.set(name, status)
+async def _announce(ports: Sequence[_Port], status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+    for port in ports:
+        for name in ("", *port.services):
+            await port.checks.set(name, status)

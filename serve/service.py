@@ -18,14 +18,16 @@ from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Ranking, rank
-from serve.engine import Embedded, Engine, EngineSlot, Reranker
+from serve.engine import Embedded, Engine, EngineSlot
 from serve.errors import InvalidRequestError, OverloadedError, PreconditionError, UnknownError, Violation, to_status
 from serve.filters import filter_from_message
 from serve.indexes import DocumentSearcher, IndexHandle
 from serve.limits import Limits
+from serve.reranking import Candidates, Reranker
 from serve.streams import in_order
 from serve.tracing import Tracer
 from serve.validate import (
+    UNFIT,
     AnyQuery,
     batch_search_violations,
     embed_violations,
@@ -35,6 +37,8 @@ from serve.validate import (
 from serve.vectors import from_message, to_message
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Request = TypeVar("Request", pb.SearchRequest, pb.BatchSearchRequest)
+Answer = TypeVar("Answer", pb.SearchResponse, pb.BatchSearchResponse)
 Response = TypeVar("Response")
 Fields = Sequence[Mapping[str, Any]]
 ADMIN_SERVICE = "dense.retrieval.v1.IndexAdminService"
@@ -92,23 +96,8 @@ class Retrieval(_Servicer, rpc.RetrievalServiceServicer):
 
     async def BatchSearch(self, request: pb.BatchSearchRequest, context: Context) -> pb.BatchSearchResponse:  # noqa: N802
         """Rank documents against many queries."""
-        arrived = time.perf_counter_ns()
-        engine = self._slot.engine
-        with engine.index.hold() as handle:
-            _refuse(batch_search_violations(request, self._limits, handle.searcher.dimension))
-            seconds = self._limits.seconds_for(context.time_remaining())
-            ranked = await _rank(engine, handle, request.queries, request.top_k, request.options, seconds)
-            response = pb.BatchSearchResponse(
-                results=[
-                    pb.SearchResult(hits=_hits(*pair)) for pair in zip(ranked.rankings, ranked.fields, strict=True)
-                ],
-                index_version=handle.searcher.version,
-                query_encoder=engine.encoder.card.fingerprint,
-                timings=ranked.timings,
-            )
-        self._finish(response.timings, arrived)
-        _refuse(_size_violations(response.ByteSize(), self._limits))
-        return response
+        seconds = self._limits.seconds_for(context.time_remaining())
+        return await self._answer(request, request.queries, batch_search_violations, _batch_response, seconds)
 
     async def StreamSearch(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.StreamSearchRequest], context: Context
@@ -125,20 +114,33 @@ class Retrieval(_Servicer, rpc.RetrievalServiceServicer):
             yield response
 
     async def _search(self, request: pb.SearchRequest, seconds: float) -> pb.SearchResponse:
+        return await self._answer(request, [request], search_violations, _search_response, seconds)
+
+    async def _answer(
+        self,
+        request: Request,
+        queries: Sequence[AnyQuery],
+        violations: Callable[[Request, Limits, int], Sequence[Violation]],
+        build: Callable[..., Answer],
+        seconds: float,
+    ) -> Answer:
         arrived = time.perf_counter_ns()
         engine = self._slot.engine
         with engine.index.hold() as handle:
-            _refuse(search_violations(request, self._limits, handle.searcher.dimension))
-            ranked = await _rank(engine, handle, [request], request.top_k, request.options, seconds)
-            response = pb.SearchResponse(
-                hits=_hits(ranked.rankings[0], ranked.fields[0]),
-                index_version=handle.searcher.version,
-                query_encoder=engine.encoder.card.fingerprint,
-                timings=ranked.timings,
-            )
+            _refuse(violations(request, self._limits, handle.searcher.dimension))
+
+            def finish(searcher: DocumentSearcher, rankings: Sequence[Ranking], timings: pb.Timings) -> Answer:
+                response = build(
+                    _hits(searcher, rankings, request.options.fields),
+                    index_version=searcher.version,
+                    query_encoder=engine.encoder.card.fingerprint,
+                    timings=timings,
+                )
+                _refuse(_size_violations(response.ByteSize(), self._limits))
+                return response
+
+            response = await _rank(engine, handle, queries, request.top_k, request.options, seconds, finish)
         self._finish(response.timings, arrived)
-        if request.options.fields:
-            _refuse(_size_violations(response.ByteSize(), self._limits))
         return response
 
 
@@ -151,6 +153,8 @@ class Rerank(_Servicer, rpc.RerankServiceServicer):
         engine = self._slot.engine
         reranker = _reranker(engine)
         _refuse(rerank_violations(request, self._limits))
+        left = _countdown(self._limits.seconds_for(context.time_remaining()))
+        engine.require_in_time(0, len(request.documents), left())
         texts = {document.doc_id: document.text for document in request.documents}
         stored = [doc_id for doc_id, text in texts.items() if not text]
         with engine.index.hold() as handle:
@@ -161,12 +165,12 @@ class Rerank(_Servicer, rpc.RerankServiceServicer):
             if not text:
                 raise UnknownError("dense.retrieval/text", doc_id, f"the index stores no text of {doc_id!r}; send it")
         started = time.perf_counter_ns()
-        logits = await engine.rerank(reranker, request.query, list(texts.values()))
+        (logits,) = await engine.rerank(reranker, [Candidates(request.query, list(texts.values()))], left())
         timings = pb.Timings(rescore_ns=time.perf_counter_ns() - started)
         ranking = rank(list(texts), logits, request.top_k or None)
         self._finish(timings, arrived)
         return pb.RerankResponse(
-            hits=_hits(ranking, None), index_version=version, reranker=reranker.fingerprint, timings=timings
+            hits=_ranked_hits(ranking), index_version=version, reranker=reranker.fingerprint, timings=timings
         )
 
 
@@ -236,14 +240,10 @@ class Index(rpc.IndexServiceServicer):
 
     async def GetIndex(self, request: pb.GetIndexRequest, context: Context) -> pb.GetIndexResponse:  # noqa: N802
         """Describe the index version being searched."""
-        searcher = self._slot.engine.index.searcher
-        return pb.GetIndexResponse(
-            index_version=searcher.version,
-            kind=searcher.kind,
-            document_count=searcher.count,
-            dimension=searcher.dimension,
-            document_encoder=_encoder_info(searcher.card),
-        )
+        engine = self._slot.engine
+        with engine.index.hold() as handle:
+            # Counting reads what other processes have written since.
+            return await engine.on_index(handle, _index_info)
 
 
 class ServerInfo(rpc.ServerInfoServiceServicer):
@@ -265,15 +265,6 @@ class ServerInfo(rpc.ServerInfoServiceServicer):
         )
 
 
-class _Ranked:
-    """One ranking and its hits' fields for each query, and where the time went."""
-
-    def __init__(self, rankings: list[Ranking], fields: Sequence[Fields | None], timings: pb.Timings) -> None:
-        self.rankings = rankings
-        self.fields = fields
-        self.timings = timings
-
-
 async def _rank(
     engine: Engine,
     handle: IndexHandle,
@@ -281,29 +272,34 @@ async def _rank(
     k: int,
     options: pb.SearchOptions,
     seconds: float,
-) -> _Ranked:
+    finish: Callable[[DocumentSearcher, Sequence[Ranking], pb.Timings], Answer],
+) -> Answer:
+    """Rank documents and make the answer of them; making it takes longer than finding them, so not on the loop."""
     reranker = _reranker(engine) if options.rerank_depth else None
-    embedded = await engine.embed([text for query in queries for text in _texts(query)], "query", seconds)
+    left = _countdown(seconds)
+    engine.require_in_time(len(queries), len(queries) * options.rerank_depth, left())
+    embedded = await engine.embed([text for query in queries for text in _texts(query)], "query", left())
     encoded = iter(embedded.vectors)
     vectors = np.stack([_vector(query, encoded) for query in queries])
     if any(query.WhichOneof("query") == "sets" for query in queries):
         _refuse(_cancelled_out(vectors))
     timings = _timings(embedded)
     started = time.perf_counter_ns()
-    depth = max(k, options.rerank_depth)
-    rankings = await engine.on_index(handle, lambda searcher: _search(searcher, vectors, depth, options))
-    timings.search_ns = time.perf_counter_ns() - started
-    if reranker is not None:
-        started = time.perf_counter_ns()
-        rankings = [
-            await _reranked(engine, reranker, handle, query.text, ranking, k)
-            for query, ranking in zip(queries, rankings, strict=True)
-        ]
-        timings.rescore_ns = time.perf_counter_ns() - started
-    fields: Sequence[Fields | None] = [None] * len(rankings)
-    if options.fields:
-        fields = await engine.on_index(handle, lambda searcher: _fields(searcher, rankings, options.fields))
-    return _Ranked(rankings, fields, timings)
+
+    def search(searcher: DocumentSearcher) -> list[Ranking]:
+        found = _search(searcher, vectors, max(k, options.rerank_depth), options)
+        timings.search_ns = time.perf_counter_ns() - started
+        return found
+
+    if reranker is None:
+        return await engine.on_index(
+            handle, lambda searcher: finish(searcher, search(searcher), timings), len(queries), left()
+        )
+    found = await engine.on_index(handle, search, len(queries), left())
+    started = time.perf_counter_ns()
+    rankings = await _reranked(engine, reranker, handle, [query.text for query in queries], found, k, left())
+    timings.rescore_ns = time.perf_counter_ns() - started
+    return await engine.on_index(handle, lambda searcher: finish(searcher, rankings, timings))
 
 
 def _search(searcher: DocumentSearcher, vectors: Vectors, k: int, options: pb.SearchOptions) -> list[Ranking]:
@@ -315,7 +311,7 @@ def _search(searcher: DocumentSearcher, vectors: Vectors, k: int, options: pb.Se
     try:
         wanted = filter_from_message(options.filter)
         return searcher.search(vectors, k, exact=options.exact, filter=wanted, effort=effort)
-    except DataError as error:
+    except UNFIT as error:
         raise InvalidRequestError([Violation("options.filter", str(error))]) from error
 
 
@@ -343,13 +339,20 @@ def _stored(searcher: DocumentSearcher, doc_ids: Sequence[str], names: Sequence[
 
 
 async def _reranked(
-    engine: Engine, reranker: Reranker, handle: IndexHandle, query: str, ranking: Ranking, k: int
-) -> Ranking:
-    if not ranking.doc_ids:
-        return ranking
-    texts = await engine.on_index(handle, lambda searcher: _stored_texts(searcher, ranking.doc_ids))
-    logits = await engine.rerank(reranker, query, [texts[doc_id] for doc_id in ranking.doc_ids])
-    return rank(ranking.doc_ids, logits, k)
+    engine: Engine,
+    reranker: Reranker,
+    handle: IndexHandle,
+    queries: Sequence[str],
+    rankings: Sequence[Ranking],
+    k: int,
+    seconds: float,
+) -> list[Ranking]:
+    def candidates(searcher: DocumentSearcher) -> list[Candidates]:
+        texts = [_stored_texts(searcher, ranking.doc_ids) if ranking.doc_ids else {} for ranking in rankings]
+        return [Candidates(query, list(some.values())) for query, some in zip(queries, texts, strict=True)]
+
+    logits = await engine.rerank(reranker, await engine.on_index(handle, candidates), seconds)
+    return [rank(ranking.doc_ids, some, k) for ranking, some in zip(rankings, logits, strict=True)]
 
 
 def _stored_texts(searcher: DocumentSearcher, doc_ids: Sequence[str]) -> dict[str, str]:
@@ -410,6 +413,12 @@ def _cancelled_out(vectors: Vectors) -> list[Violation]:
     ]
 
 
+def _countdown(seconds: float) -> Callable[[], float]:
+    """Return what tells how many of the seconds are left."""
+    give_up = time.monotonic() + seconds
+    return lambda: give_up - time.monotonic()
+
+
 def _refuse(violations: Sequence[Violation]) -> None:
     if violations:
         raise InvalidRequestError(violations)
@@ -427,17 +436,40 @@ def _size_violations(size: int, limits: Limits) -> list[Violation]:
     ]
 
 
-def _hits(ranking: Ranking, fields: Fields | None) -> list[pb.Hit]:
-    pairs = zip(ranking.doc_ids, ranking.scores.tolist(), strict=True)
-    hits = [pb.Hit(doc_id=doc_id, score=score, rank=rank) for rank, (doc_id, score) in enumerate(pairs, start=1)]
-    if fields is not None:
-        for hit, values in zip(hits, fields, strict=True):
-            hit.fields.update(values)
+def _search_response(hits: Sequence[Sequence[pb.Hit]], **about: Any) -> pb.SearchResponse:
+    return pb.SearchResponse(hits=hits[0], **about)
+
+
+def _batch_response(hits: Sequence[Sequence[pb.Hit]], **about: Any) -> pb.BatchSearchResponse:
+    return pb.BatchSearchResponse(results=[pb.SearchResult(hits=some) for some in hits], **about)
+
+
+def _hits(searcher: DocumentSearcher, rankings: Sequence[Ranking], fields: Sequence[str]) -> list[list[pb.Hit]]:
+    hits = [_ranked_hits(ranking) for ranking in rankings]
+    if fields:
+        for some, stored in zip(hits, _fields(searcher, rankings, fields), strict=True):
+            for hit, values in zip(some, stored, strict=True):
+                hit.fields.update(values)
     return hits
+
+
+def _ranked_hits(ranking: Ranking) -> list[pb.Hit]:
+    pairs = zip(ranking.doc_ids, ranking.scores.tolist(), strict=True)
+    return [pb.Hit(doc_id=doc_id, score=score, rank=rank) for rank, (doc_id, score) in enumerate(pairs, start=1)]
 
 
 def _timings(embedded: Embedded) -> pb.Timings:
     return pb.Timings(tokenize_ns=embedded.tokenize_ns, queue_ns=embedded.queue_ns, encode_ns=embedded.encode_ns)
+
+
+def _index_info(searcher: DocumentSearcher) -> pb.GetIndexResponse:
+    return pb.GetIndexResponse(
+        index_version=searcher.version,
+        kind=searcher.kind,
+        document_count=searcher.count,
+        dimension=searcher.dimension,
+        document_encoder=_encoder_info(searcher.card),
+    )
 
 
 def _encoder_info(card: EncoderCard) -> pb.EncoderInfo:

@@ -5,18 +5,25 @@ Of a batch beyond the limit only as many entries are examined as the limit allow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
+from google.protobuf.struct_pb2 import Struct, Value
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.encoders.base import Vectors
+from retrieval_kd.errors import DataError
 from serve.errors import Violation
 from serve.limits import Limits
 from serve.vectors import from_message
 
 AnyQuery = pb.SearchRequest | pb.Query
+UNFIT = (DataError, pa.ArrowException, OverflowError)
+"""What an index raises over values in a request that its fields cannot hold or be compared with."""
 MAX_ID_BYTES = 512
+_SMALLEST_HIT = len(pb.SearchResult(hits=[pb.Hit(doc_id="1", score=1.0, rank=1)]).SerializeToString())
 _BYTES = {"f32_le": 4, "f16_le": 2}
 MAX_FILTER_DEPTH = 32
 
@@ -36,6 +43,14 @@ def batch_search_violations(request: pb.BatchSearchRequest, limits: Limits, dime
     queries = request.queries[: limits.max_batch_queries]
     for i, query in enumerate(queries):
         violations.extend(_query(query, f"queries[{i}].", limits, dimension))
+    size = len(request.queries) * request.top_k * _SMALLEST_HIT
+    if not violations and size > limits.max_message_bytes:
+        violations.append(
+            Violation(
+                "top_k",
+                f"makes a response of {size} bytes at least, the limit is {limits.max_message_bytes}; lower it",
+            )
+        )
     return [*violations, *_options(request.options, request.top_k, queries, limits)]
 
 
@@ -73,6 +88,7 @@ def upsert_violations(request: pb.UpsertDocumentsRequest, limits: Limits, dimens
     documents = request.documents[: limits.max_write_documents]
     violations.extend(_ids([document.doc_id for document in documents], "documents[{}].doc_id"))
     for i, document in enumerate(documents):
+        violations.extend(_struct(document.fields, f"documents[{i}].fields"))
         if document.HasField("vector"):
             violations.extend(_vector(document.vector, f"documents[{i}].vector", dimension))
         else:
@@ -134,6 +150,12 @@ def _options(options: pb.SearchOptions, top_k: int, queries: Sequence[AnyQuery],
     if not top_k <= depth <= limits.max_rerank_documents:
         yield Violation(
             "options.rerank_depth", f"is {depth}; give top_k ({top_k}) to {limits.max_rerank_documents}, or 0"
+        )
+    pairs = len(queries) * depth
+    if pairs > limits.max_rerank_pairs:
+        yield Violation(
+            "options.rerank_depth",
+            f"makes {pairs} pairs of query and document, the limit is {limits.max_rerank_pairs}; lower it or send less",
         )
     if any(query.WhichOneof("query") in ("vector", "sets") for query in queries):
         yield Violation("options.rerank_depth", "needs queries of text; the reranker reads no vectors")
@@ -209,6 +231,24 @@ def _vector(message: pb.Vector, path: str, dimension: int) -> Iterator[Violation
         yield Violation(f"{path}.{encoding}", "holds NaN or infinity; give finite numbers")
     elif not _usable_length(vector):
         yield Violation(f"{path}.{encoding}", "has length zero or beyond 32-bit range; give a vector with a direction")
+
+
+def _struct(struct: Struct, path: str) -> Iterator[Violation]:
+    for name, value in struct.fields.items():
+        yield from _json(value, f"{path}.{name}")
+
+
+def _json(value: Value, path: str) -> Iterator[Violation]:
+    """Find the numbers that JSON cannot write; protobuf bounds how deep a value is."""
+    match value.WhichOneof("kind"):
+        case "number_value":
+            if not math.isfinite(value.number_value):
+                yield Violation(path, "is NaN or infinity; give a finite number, or leave the field out")
+        case "struct_value":
+            yield from _struct(value.struct_value, path)
+        case "list_value":
+            for i, member in enumerate(value.list_value.values):
+                yield from _json(member, f"{path}[{i}]")
 
 
 def _usable_length(vector: Vectors) -> bool:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from retrieval_kd.errors import RkdError, ServeError
-from serve.config import ServeConfig
+from serve.config import LOOPBACK, ServeConfig
 from serve.tls import require_safe_address
 
 _log = logging.getLogger(__name__)
@@ -158,6 +158,9 @@ def run_workers(config: ServeConfig, on_ready: Callable[[int], None] | None = No
     threads = config.threads or max(1, cores // config.workers)
     with contextlib.ExitStack() as stack:
         port = stack.enter_context(_reserved_port(config.host, config.port))
+        admin_port = config.admin_port
+        if admin_port is not None:
+            admin_port = stack.enter_context(_reserved_port(LOOPBACK, admin_port))
         environment = dict(os.environ)
         if config.metrics_port is not None:
             folder = tempfile.mkdtemp(prefix="rkd-metrics-")
@@ -167,7 +170,8 @@ def run_workers(config: ServeConfig, on_ready: Callable[[int], None] | None = No
             from serve.metrics import merged_registry, serve_metrics
 
             stack.enter_context(serve_metrics(merged_registry(folder), config.metrics_host, config.metrics_port))
-        supervisor = _Supervisor(replace(config, port=port, threads=threads, reuse_port=True), environment)
+        shared = replace(config, port=port, admin_port=admin_port, threads=threads, reuse_port=True)
+        supervisor = _Supervisor(shared, environment)
 
         def stop(number: int, frame: object) -> None:
             supervisor.stopping = True

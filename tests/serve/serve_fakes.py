@@ -191,6 +191,10 @@ class FakeSource:
         """Return the pointer."""
         return self.pointer
 
+    def names(self) -> list[str]:
+        """Return all names."""
+        return sorted(self.searchers)
+
     def versions(self) -> list[VersionSummary]:
         """Return all."""
         return [

@@ -1,11 +1,13 @@
 """The typed client: what it returns, and the one line it says when something is wrong."""
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +16,8 @@ import pytest
 from serve_fakes import CARD, DIMENSION, FakeEncoder, FakeSearcher, FakeSource, Running, Start
 
 from retrieval_kd.errors import ServeError
-from serve.client import RetrievalClient
+from serve import client as client_module
+from serve.client import AsyncRetrievalClient, RetrievalClient
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.limits import Limits
@@ -97,6 +100,9 @@ def test_one_client_serves_many_threads(client: RetrievalClient, encoder: FakeEn
         (lambda c: c.batch_search(vectors=[1.0, 2.0]), r"vectors of shape \(2,\); give \(n, d\)"),
         (lambda c: c.batch_search("abc"), "batch_search: give a list of texts, not one text"),
         (lambda c: c.embed("abc"), "embed: give a list of texts, not one text"),
+        (lambda c: c.embed_stream([]), "embed_stream: texts has 0 entries; give at least 1"),
+        (lambda c: c.embed_stream("abc"), "embed_stream: give a list of texts, not one text"),
+        (lambda c: list(c.search_stream(["a"], top_k=-1)), "top_k: is -1; give 1 or more"),
         (lambda c: c.embed([""]), r"texts\[0\]: is blank"),
         (lambda c: c.embed(["a" * 20_000] * 900), "larger than max"),
     ],
@@ -129,6 +135,85 @@ def test_a_slow_server_is_an_expired_deadline(client: RetrievalClient, encoder: 
         pytest.raises(ServeError, match=r"no answer within 0.3 s|time ran out"),
     ):
         hasty.search("a")
+
+
+class Wire:
+    """Passes bytes between a client and a server until it is cut, and then swallows them as a broken network does."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._cut = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        """Pass nothing on any more, and tell nobody."""
+        self._cut.set()
+
+    def close(self) -> None:
+        """Let go of the sockets."""
+        for one in self._sockets:
+            one.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                far = socket.create_connection(("127.0.0.1", self._port))
+                self._sockets += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._pass, args=ends, daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self._cut.is_set():
+                    sink.sendall(data)
+
+
+@pytest.fixture
+def wire(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wire]:
+    """A wire to the server, for clients that ping ten times as often as they would."""
+    hasty = [(name, value // 10 if name.endswith("_ms") else value) for name, value in client_module._KEEPALIVE_OPTIONS]
+    monkeypatch.setattr(client_module, "_KEEPALIVE_OPTIONS", hasty)
+    wire = Wire(server.port)
+    yield wire
+    wire.close()
+
+
+def two_texts(wait: threading.Event) -> Iterator[str]:
+    yield "a"
+    assert wait.wait(30)
+    yield "b"
+
+
+def test_a_stream_over_a_dead_connection_fails(wire: Wire) -> None:
+    """Fault: a network that swallows everything. Without it a stream, which has no deadline, waits for ever."""
+    with RetrievalClient(wire.target) as client:
+        wait = threading.Event()
+        results = client.search_stream(two_texts(wait))
+        assert len(next(results).hits) == 10
+        wire.cut()
+        began = time.monotonic()
+        with pytest.raises(ServeError, match=r"search_stream at .*: nothing answers there"):
+            next(results)
+        assert time.monotonic() - began < 20
+        wait.set()
+
+
+def test_an_async_stream_over_a_dead_connection_fails(wire: Wire) -> None:
+    """Fault: as above. Without it a task of an asyncio service would be lost for good with every such outage."""
+
+    async def main() -> None:
+        async with AsyncRetrievalClient(wire.target) as client:
+            assert len(await client.embed_stream(["a"] * 33)) == 33
+            wire.cut()
+            with pytest.raises(ServeError, match=r"embed_stream at .*: nothing answers there"):
+                await asyncio.wait_for(client.embed_stream(["a"]), 20)
+
+    asyncio.run(main())
 
 
 def test_overload_says_when_to_retry(start: Start, encoder: FakeEncoder) -> None:

@@ -1,18 +1,35 @@
 """Another index version takes the served one's place: no request fails, none mixes two, a bad one changes nothing."""
 
+import asyncio
+import errno
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from serve_fakes import DIMENSION, STRANGER, FakeEncoder, FakeSearcher, FakeSource, Running, Start, real_store
+from serve_fakes import (
+    DIMENSION,
+    STRANGER,
+    FakeEncoder,
+    FakeReranker,
+    FakeSearcher,
+    FakeSource,
+    Running,
+    Start,
+    real_store,
+)
 
 from index.store import IndexStore
+from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.errors import ArtifactError, ServeError
-from serve.client import Document, Options, RetrievalClient
+from retrieval_kd.runs import Ranking
+from serve import service
+from serve.client import AsyncRetrievalClient, Document, Options, RetrievalClient
 from serve.indexes import IndexHandle, StoreSource
 
 FIRST, SECOND, THIRD = "0000000001-cafe", "0000000002-beef", "0000000003-f00d"
@@ -115,6 +132,27 @@ def test_a_bad_version_found_by_polling_is_tried_once_and_again_when_asked(
     admin.running.reload()
     until(lambda: admin.index().index_version == SECOND)
     assert source.opened.count(SECOND) == 2
+
+
+@pytest.mark.parametrize("where", ["current", "open"])
+def test_the_store_is_followed_on_after_an_error_of_the_machine(
+    admin: RetrievalClient, source: FakeSource, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without it one moment without a free file descriptor would end all following, in silence, until a restart."""
+    sound = getattr(source, where)
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+
+    def failing_once(*arguments: object) -> object:
+        if failures:
+            raise failures.pop()
+        return sound(*arguments)
+
+    setattr(source, where, failing_once)
+    source.pointer = SECOND
+    until(lambda: admin.search("a").index_version == SECOND)
+    said = [record.getMessage() for record in caplog.records if "Too many open files" in record.getMessage()]
+    assert any("the index that is served stays" in line for line in said)
+    assert not any("\n" in line for line in said)
 
 
 def test_a_store_that_cannot_be_written_keeps_both_pointer_and_version(
@@ -223,6 +261,45 @@ def test_publishing_under_load_fails_no_call_and_mixes_no_versions(
 EXPECTED: dict[tuple[str, str], list[str]] = {}
 
 
+class WatchedSearcher(FakeSearcher):
+    """Remembers which threads counted its documents: a real one reads files for it, and may wait for a lock."""
+
+    counting: ClassVar[set[str]] = set()
+
+    @property
+    def count(self) -> int:
+        """Count."""
+        self.counting.add(threading.current_thread().name)
+        return len(self.ids)
+
+
+def test_the_loop_neither_counts_documents_nor_builds_replies(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it every caller and the health check wait while one reply of a second is built, or a file is read."""
+    building = set()
+    build = service._ranked_hits
+
+    def watched(ranking: Ranking) -> list[pb.Hit]:
+        building.add(threading.current_thread().name)
+        return build(ranking)
+
+    monkeypatch.setattr(service, "_ranked_hits", watched)
+    (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
+    source = FakeSource(*(WatchedSearcher(version=version) for version in (FIRST, SECOND)))
+    running = start(searcher=source, tokens=tmp_path / "tokens", reranker=FakeReranker())
+    with RetrievalClient(running.target, token=TOKEN) as admin:
+        admin.search("a")
+        admin.batch_search(["a", "b"])
+        admin.search("a", options=Options(rerank_depth=20))
+        assert admin.index().document_count == 40
+        admin.upsert([Document("new", vector=np.ones(DIMENSION))])
+        admin.publish(SECOND)
+    assert WatchedSearcher.counting
+    assert "loop" not in WatchedSearcher.counting
+    assert {name.split("_")[0] for name in building} == {"search"}
+
+
 def test_a_handle_closes_once_when_its_last_user_lets_go() -> None:
     """Without it a version would be closed under a user, or never."""
     searcher = FakeSearcher()
@@ -250,6 +327,55 @@ def test_documents_are_added_and_removed_at_once(admin: RetrievalClient, source:
         admin.upsert([Document("unwritable", vector=vector)])
     with pytest.raises(ServeError, match=r"documents\[1\].doc_id: occurs twice"):
         admin.upsert([Document("a", vector=vector), Document("a", vector=vector)])
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_json_cannot_write_is_refused_with_its_place(admin: RetrievalClient, number: float) -> None:
+    """Without it the caller is told of an internal error and sends the same document again, for ever."""
+    vector = np.ones(DIMENSION)
+    sound = Document("sound", vector=vector, fields={"number": 1})
+    for fields, place in (({"number": number}, "number"), ({"a": {"b": [1.0, number]}}, r"a\.b\[1\]")):
+        with pytest.raises(ServeError, match=rf"documents\[1\]\.fields\.{place}: is NaN or infinity; give a finite"):
+            admin.upsert([sound, Document("new", vector=vector, fields=fields)])
+    assert admin.index().document_count == 40
+
+
+@pytest.mark.parametrize("error", [pa.ArrowInvalid("Integer value 9 not in range"), OverflowError("int too large")])
+def test_values_that_the_index_cannot_take_are_the_requests_fault(
+    admin: RetrievalClient, source: FakeSource, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Without it a filter or a field beyond some library's range is an internal error, which hides its cause."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    searcher = source.searchers[FIRST]
+    monkeypatch.setattr(searcher, "upsert", fail)
+    with pytest.raises(ServeError, match=f"documents: {error}"):
+        admin.upsert([Document("new", vector=np.ones(DIMENSION))])
+    monkeypatch.setattr(searcher, "search", fail)
+    with pytest.raises(ServeError, match=rf"options\.filter: {error}"):
+        admin.search("a", options=Options(filter={"eq": {"number": 3}}))
+    with pytest.raises(ServeError, match="internal error"):
+        admin.search("a")
+
+
+def test_the_async_client_administers_as_the_other_does(admin: RetrievalClient) -> None:
+    """Without it an asyncio service would need a thread and a second client to publish what it has built."""
+
+    async def main() -> None:
+        async with AsyncRetrievalClient(admin.running.target, token=TOKEN) as own:
+            await own.wait_until_ready(5)
+            write = await own.upsert([Document("new", vector=np.full(DIMENSION, 9.0))])
+            assert (write.index_version, write.document_count) == (FIRST, 41)
+            assert (await own.delete(["new"])).document_count == 40
+            assert await own.publish(SECOND) == FIRST
+            assert [one.index_version for one in await own.indexes() if one.serving] == [SECOND]
+            assert await own.rollback() == FIRST
+            with pytest.raises(ServeError, match="no index version 'nonsense'"):
+                await own.publish("nonsense")
+
+    asyncio.run(main())
 
 
 def test_the_version_stays_in_place_while_documents_are_written(
@@ -316,3 +442,28 @@ def test_a_real_store_publishes_and_rolls_back(start: Start, tmp_path: Path) -> 
         vectors.write_bytes(whole)
         assert admin.publish(second) == first
         assert IndexStore(tmp_path / "store").current().name == second
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_an_unreadable_old_version_keeps_nobody_from_the_others(start: Start, tmp_path: Path, how: str) -> None:
+    """Without it a torn manifest that nobody serves would bar every publish and rollback, in an outage of all times."""
+    (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
+    running = start(searcher=real_store(tmp_path / "store", 20, 30, 40), tokens=tmp_path / "tokens", poll_seconds=0.05)
+    with RetrievalClient(running.target, token=TOKEN) as admin:
+        oldest, middle, newest = (one.index_version for one in admin.indexes())
+        manifest = tmp_path / "store" / "versions" / oldest / "manifest.json"
+        manifest.chmod(0o644)
+        if how == "damaged":
+            manifest.write_text("{")
+        else:
+            manifest.unlink()
+        assert [(one.index_version, one.kind) for one in admin.indexes()] == [
+            (oldest, "unreadable"),
+            (middle, "exact"),
+            (newest, "exact"),
+        ]
+        assert admin.rollback() == middle
+        assert admin.publish(newest) == middle
+        with pytest.raises(ServeError, match=r"manifest\.json"):
+            admin.publish(oldest)
+        assert admin.index().index_version == newest

@@ -3,24 +3,27 @@
 import asyncio
 import contextlib
 import gc
+import itertools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import grpc
 import numpy as np
 import pytest
-from serve_fakes import FakeEncoder, FakeSearcher, FakeSource, Start
+from serve_fakes import DIMENSION, FakeEncoder, FakeReranker, FakeSearcher, FakeSource, Start
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd.encoders.base import Vectors
+from retrieval_kd.runs import Ranking
 from serve.client import RetrievalClient
 from serve.limits import Limits
 from serve.messages import retry_seconds
 
 SECONDS_PER_BATCH = 0.25
+SECONDS_PER_PAIR = 0.01
 
 
 class SlowEncoder(FakeEncoder):
@@ -33,53 +36,156 @@ class SlowEncoder(FakeEncoder):
         return np.stack([self.vector(row) for row in rows])
 
 
-def test_overload_is_refused_quickly_and_goodput_holds(start: Start) -> None:
-    """Fault: four times what the encoder can do. Without it everybody's answer would come after their deadline."""
-    encoder = SlowEncoder()
-    running = start(encoder, limits=Limits(max_queued_texts=10_000))
-    deadline = 2.0
-    refused, answered, overshoot, other, advice = [], [], [], [], []
+class Outcomes:
+    """How calls ended, and after how many seconds each."""
 
-    async def call(stub: rpc.RetrievalServiceStub, number: int) -> None:
+    def __init__(self) -> None:
+        self.answered, self.refused, self.late, self.other, self.advice = [], [], [], [], []
+
+    async def note(self, call: Awaitable[object]) -> None:
+        """Wait for a call's end."""
         began = time.monotonic()
         try:
-            await stub.Search(pb.SearchRequest(text=f"text {number}", top_k=1), timeout=deadline)
-            answered.append(time.monotonic() - began)
+            await call
+            self.answered.append(time.monotonic() - began)
         except grpc.aio.AioRpcError as error:
-            took = time.monotonic() - began
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                refused.append(took)
-                advice.append(retry_seconds(error))
+                self.refused.append(time.monotonic() - began)
+                self.advice.append(retry_seconds(error))
             elif error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-                overshoot.append(took)
+                self.late.append(error)
             else:
-                other.append(error)
+                self.other.append(error)
 
-    async def main(rate: float, seconds: float) -> None:
-        async with grpc.aio.insecure_channel(running.target) as channel:
-            stub = rpc.RetrievalServiceStub(channel)
+
+def offered(
+    target: str, rate: float, seconds: float, call: Callable[[grpc.aio.Channel, int], Awaitable[object]]
+) -> Outcomes:
+    """Make so many calls a second, whether or not the ones before are answered."""
+    outcomes = Outcomes()
+
+    async def main() -> None:
+        async with grpc.aio.insecure_channel(target) as channel:
             # Until a connection stands gRPC refuses more than a hundred calls by itself.
             await channel.channel_ready()
             calls, began = [], time.monotonic()
             for number in range(int(rate * seconds)):
                 await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
-                calls.append(asyncio.create_task(call(stub, number)))
+                calls.append(asyncio.create_task(outcomes.note(call(channel, number))))
             await asyncio.gather(*calls)
 
+    asyncio.run(main())
+    return outcomes
+
+
+def test_overload_is_refused_quickly_and_goodput_holds(start: Start) -> None:
+    """Fault: four times what the encoder can do. Without it everybody's answer would come after their deadline."""
+    encoder = SlowEncoder()
+    running = start(encoder, limits=Limits(max_queued_texts=10_000))
+
+    def call(channel: grpc.aio.Channel, number: int) -> Awaitable[object]:
+        return rpc.RetrievalServiceStub(channel).Search(pb.SearchRequest(text=f"text {number}", top_k=1), timeout=2.0)
+
     # Eight texts a batch: the encoder can do 32 a second, which leaves even a busy machine time to send and to read.
-    asyncio.run(main(4 * 8 / SECONDS_PER_BATCH, 2.5))
-    total = len(answered) + len(refused) + len(overshoot)
-    assert other == []
-    assert all(seconds is not None and seconds > 0 for seconds in advice)
-    assert len(refused) > total / 5
-    assert np.median(refused) < np.median(answered), "a refusal that comes late helps nobody"
+    seen = offered(running.target, 4 * 8 / SECONDS_PER_BATCH, 2.5, call)
+    total = len(seen.answered) + len(seen.refused) + len(seen.late)
+    assert seen.other == []
+    assert all(seconds is not None and seconds > 0 for seconds in seen.advice)
+    assert len(seen.refused) > total / 5
+    assert np.median(seen.refused) < np.median(seen.answered), "a refusal that comes late helps nobody"
     # In the encoder's own measure, whatever the machine does beside it: full batches, and hardly one for nothing.
     encoded = sum(map(len, encoder.runs))
     assert encoded > 0.5 * 8 * len(encoder.runs), "goodput under overload"
-    assert len(answered) > 0.8 * encoded, "work that is admitted is done in time"
-    assert len(overshoot) < len(answered) / 5
+    assert len(seen.answered) > 0.8 * encoded, "work that is admitted is done in time"
+    assert len(seen.late) < len(seen.answered) / 5
     with RetrievalClient(running.target) as client:
         assert len(client.search("after the storm").hits) == 10
+
+
+class SlowReranker(FakeReranker):
+    """Takes as long for a pair as a real cross-encoder, whatever the machine; ``queries`` records whose turn it was."""
+
+    def __init__(self) -> None:
+        self.queries = []
+
+    def score(self, query: str, texts: Sequence[str]) -> Vectors:
+        """Score slowly."""
+        self.queries.append(query)
+        time.sleep(SECONDS_PER_PAIR * len(texts))
+        return super().score(query, texts)
+
+
+@pytest.mark.parametrize("how", ["rerank", "search"])
+def test_an_overloaded_reranker_answers_some_in_time_and_refuses_the_rest_at_once(start: Start, how: str) -> None:
+    """Fault: three times what the reranker can do. Without it callers take turns until all of them are too late."""
+    reranker = SlowReranker()
+    running = start(reranker=reranker)
+    documents = [pb.RerankDocument(doc_id=f"doc-{i}", text=f"text {i}") for i in range(20)]
+
+    def call(channel: grpc.aio.Channel, number: int) -> Awaitable[object]:
+        if how == "rerank":
+            request = pb.RerankRequest(query=f"query {number}", documents=documents)
+            return rpc.RerankServiceStub(channel).Rerank(request, timeout=1.5)
+        options = pb.SearchOptions(rerank_depth=20)
+        search = pb.SearchRequest(text=f"query {number}", top_k=1, options=options)
+        return rpc.RetrievalServiceStub(channel).Search(search, timeout=1.5)
+
+    seen = offered(running.target, 3 / (20 * SECONDS_PER_PAIR), 4, call)
+    assert seen.other == []
+    assert seen.late == [], "who is admitted is answered in time"
+    assert len(seen.answered) > 5
+    assert len(seen.refused) > len(seen.answered)
+    assert all(seconds is not None and seconds > 0 for seconds in seen.advice)
+    assert np.median(seen.refused) < np.median(seen.answered) / 2, "a refusal that comes late helps nobody"
+    turns = [query for query in reranker.queries if query != "warm up"]
+    changes = sum(one != other for one, other in itertools.pairwise(turns))
+    assert changes + 1 == len(set(turns)), "a request that has begun is finished before the next one begins"
+
+
+def test_a_caller_who_leaves_the_rerankers_queue_costs_it_nothing(start: Start) -> None:
+    """Without it the reranker would score for callers who left, and refuse others for their sake."""
+    reranker = SlowReranker()
+    running = start(reranker=reranker)
+    with grpc.insecure_channel(running.target) as channel:
+        stub = rpc.RerankServiceStub(channel)
+        documents = [pb.RerankDocument(doc_id=f"doc-{i}", text=f"text {i}") for i in range(50)]
+        first = stub.Rerank.future(pb.RerankRequest(query="first", documents=documents))
+        while "first" not in reranker.queries:
+            time.sleep(0.005)
+        leaving = stub.Rerank.future(pb.RerankRequest(query="leaving", documents=documents))
+        running.wait_for("rkd_requests_in_flight", 2)
+        leaving.cancel()
+        running.wait_for("rkd_requests_in_flight", 1)
+        assert len(first.result(10).hits) == 50
+        assert len(stub.Rerank(pb.RerankRequest(query="last", documents=documents)).hits) == 50
+    assert "leaving" not in reranker.queries
+
+
+class SlowSearcher(FakeSearcher):
+    """Takes its time for each query."""
+
+    def search(self, vectors: Vectors, *arguments: object, **options: object) -> list[Ranking]:
+        """Search slowly."""
+        time.sleep(0.1 * len(vectors))
+        return super().search(vectors, *arguments, **options)
+
+
+def test_an_overloaded_index_refuses_vector_queries_at_once(start: Start) -> None:
+    """Fault: overload by queries that need no encoder. Without it all of them wait until their deadline is over."""
+    running = start(searcher=FakeSource(SlowSearcher()))
+    vector = pb.Vector(floats=pb.FloatVector(values=[1.0] * DIMENSION))
+
+    def call(channel: grpc.aio.Channel, number: int) -> Awaitable[object]:
+        return rpc.RetrievalServiceStub(channel).Search(pb.SearchRequest(vector=vector, top_k=1), timeout=1.5)
+
+    # Two threads search.
+    seen = offered(running.target, 3 * 2 / 0.1, 3, call)
+    assert seen.other == []
+    assert seen.late == [], "who is admitted is answered in time"
+    assert len(seen.answered) > 20
+    assert len(seen.refused) > len(seen.answered)
+    assert all(seconds is not None and seconds > 0 for seconds in seen.advice)
+    assert np.median(seen.refused) < np.median(seen.answered) / 2, "a refusal that comes late helps nobody"
 
 
 def test_clients_wait_as_they_are_told_and_then_succeed(start: Start) -> None:

@@ -219,6 +219,10 @@ def test_the_async_client_does_what_the_other_does(client: RetrievalClient, serv
             assert (await own.search_sets([["a"]], [["b"]])).hits == client.search_sets([["a"]], [["b"]]).hits
             assert await own.server_info() == client.server_info()
             assert await own.index() == client.index()
+            assert await own.indexes() == client.indexes()
+            await own.wait_until_ready(5)
+            with pytest.raises(ServeError, match="embed_stream: texts has 0 entries; give at least 1"):
+                await own.embed_stream([])
             with pytest.raises(ServeError, match=r"search at .*: text: is blank"):
                 await own.search(" ")
 

@@ -262,6 +262,23 @@ def test_the_reranker_orders_texts_and_stored_documents(start: Start) -> None:
             client.search(vector=np.ones(DIMENSION), options=Options(rerank_depth=20))
 
 
+def test_a_batch_to_be_reranked_is_bounded_and_the_client_keeps_to_it(start: Start) -> None:
+    """Without it one call could keep the reranker busy for minutes, past its own deadline and that of all others."""
+    running = start(reranker=FakeReranker())
+    options = Options(rerank_depth=40)
+    request = pb.BatchSearchRequest(queries=[pb.Query(text="a")] * 26, top_k=2, options=options.to_message())
+    with grpc.insecure_channel(running.target) as channel, pytest.raises(grpc.RpcError) as refused:
+        rpc.RetrievalServiceStub(channel).BatchSearch(request)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "rerank_depth: makes 1040 pairs of query and document, the limit is 1000" in refused.value.details()
+    with RetrievalClient(running.target, timeout=20) as client:
+        texts = [f"title {i}" for i in range(26)]
+        results = client.batch_search(texts, 2, options=options)
+        assert results[7].hits == client.search(texts[7], top_k=2, options=options).hits
+        nothing = Options(rerank_depth=40, filter={"eq": {"number": 99}})
+        assert client.search("a", top_k=2, options=nothing).hits == ()
+
+
 def test_without_a_reranker_the_call_says_what_is_lacking(channel: grpc.Channel) -> None:
     """Without it a client could not tell a server without the model from a wrong request."""
     with pytest.raises(grpc.RpcError) as refused:

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -179,6 +180,18 @@ def test_a_response_beyond_the_message_limit_is_refused_with_its_cause(start: St
     assert "top_k: makes a response of" in refused.value.details()
 
 
+def test_a_batch_that_cannot_fit_is_refused_before_it_is_searched(start: Start, searcher: FakeSearcher) -> None:
+    """Without it a server would search and build megabytes for seconds, only to throw them away."""
+    running = start(searcher=searcher, limits=Limits(max_message_bytes=32 * 1024))
+    before = len(searcher.efforts)
+    request = pb.BatchSearchRequest(queries=[pb.Query(text="a")] * 10, top_k=1000)
+    with grpc.insecure_channel(running.target) as channel, pytest.raises(grpc.RpcError) as refused:
+        rpc.RetrievalServiceStub(channel).BatchSearch(request)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "top_k: makes a response of" in refused.value.details()
+    assert len(searcher.efforts) == before
+
+
 def test_a_message_of_seven_mebibytes_passes(stub: rpc.RetrievalServiceStub) -> None:
     """The 4 MB default of gRPC on either side is the most reported surprise of such services."""
     queries = [pb.Query(text="word " * 6000)] * 256
@@ -337,6 +350,30 @@ def test_health_knows_the_administration_only_where_it_is_offered(
         assert health_pb2_grpc.HealthStub(channel).Check(asked).status == SERVING
 
 
+def test_each_port_reports_the_health_of_what_it_offers(start: Start) -> None:
+    """Without it the main port would call the administration healthy that only the other port has, and the reverse."""
+    port = free_port()
+    with (
+        grpc.insecure_channel(start(admin_port=port).target) as main,
+        grpc.insecure_channel(f"127.0.0.1:{port}") as admin,
+    ):
+        asked = {name: health_pb2.HealthCheckRequest(service=name) for name in ("", SERVICES[0], ADMIN_SERVICE)}
+        for channel, known, unknown in ((main, SERVICES[0], ADMIN_SERVICE), (admin, ADMIN_SERVICE, SERVICES[0])):
+            stub = health_pb2_grpc.HealthStub(channel)
+            assert stub.Check(asked[""]).status == stub.Check(asked[known]).status == SERVING
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.Check(asked[unknown])
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+def test_a_check_finds_that_tracing_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a check passes, and the server then dies of the missing extra in the middle of the rollout."""
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
+    config = ServeConfig(tmp_path, tmp_path, port=0, trace="127.0.0.1:4317")
+    with pytest.raises(ServeError, match=r"tracing needs .*; pip install 'retrieval-kd\[otel\]'"):
+        asyncio.run(check(config))
+
+
 @pytest.mark.parametrize("option", ["port", "admin_port", "metrics_port"])
 def test_a_check_finds_a_taken_port_before_the_start_does(tmp_path: Path, option: str) -> None:
     """Without it a check passes, and the server then dies of the port in the middle of the rollout."""
@@ -401,6 +438,44 @@ def test_while_loading_the_port_is_open_and_says_not_serving(loop: asyncio.Abstr
         may_load.set()
         loop.call_soon_threadsafe(stop.set)
         done.result(20)
+
+
+@pytest.mark.parametrize("step", ["load", "open", "warm up"])
+def test_a_stop_while_loading_ends_the_server_without_its_ever_serving(
+    loop: asyncio.AbstractEventLoop, step: str
+) -> None:
+    """Without it SIGTERM is deaf for as long as a large index loads, and traffic then comes to a server that leaves."""
+    stop, reached, may_go_on, ready = asyncio.Event(), threading.Event(), threading.Event(), []
+    encoder, searcher = FakeEncoder(), FakeSearcher()
+
+    def hold() -> None:
+        reached.set()
+        assert may_go_on.wait(20)
+
+    def load() -> Engine:
+        if step == "load":
+            hold()
+        return Engine(encoder, FakeSource(searcher), Limits(), 1)
+
+    if step == "open":
+        searcher.self_test = hold
+    elif step == "warm up":
+        encoder.busy, encoder.gate = reached, may_go_on
+    done = asyncio.run_coroutine_threadsafe(serve(load, stop, config_of(0), on_ready=ready.append), loop)
+    try:
+        assert reached.wait(20)
+        loop.call_soon_threadsafe(stop.set)
+        if step != "warm up":  # there the batcher waits for the batch that its thread is in
+            done.result(5)
+    finally:
+        may_go_on.set()
+        done.result(20)
+    assert ready == []
+    if step == "open":
+        give_up = time.monotonic() + 10
+        while not searcher.closed:
+            assert time.monotonic() < give_up, "what was opened for nobody must be let go"
+            time.sleep(0.01)
 
 
 def test_stopping_finishes_the_calls_in_flight(start: Start, encoder: FakeEncoder) -> None:

@@ -24,6 +24,7 @@ from serve.client import RetrievalClient
 from serve.config import ServeConfig
 from serve.limits import Limits
 from serve.tls import CertificateFiles
+from serve.workers import run_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 StartWorkers = Callable[..., tuple[subprocess.Popen[str], int]]
@@ -160,6 +161,18 @@ def test_a_server_that_cannot_begin_says_why_and_leaves_nothing(start: StartWork
         AssertionError, match=r"(?s)nowhere: no manifest.json.*worker [01] ended with 1 before it served"
     ):
         start("--workers", 2, "--reranker", tmp_path / "nowhere")
+
+
+def test_workers_refuse_an_admin_port_that_another_servers_workers_share(tmp_path: Path) -> None:
+    """Without it two servers take turns on the port, and a publish goes to whichever the kernel picks."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        config = ServeConfig(tmp_path, tmp_path, port=0, workers=2, admin_port=taken)
+        with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1:{taken}: the port is taken"):
+            run_workers(config)
 
 
 def test_the_configuration_reaches_the_workers_as_it_is() -> None:
