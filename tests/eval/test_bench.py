@@ -7,16 +7,25 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from eval.bench import Load, _cpu_seconds, _status_bytes, bench
+from eval.bench import Load, _cost_and_quality, _cpu_seconds, _status_bytes, bench
+from eval.fusion import FusedSystem
 from eval.open_loop import open_loop
+from eval.results import Facts
 from eval.specs import SystemSpec
 from eval.suite import Setup, run_suite
+from eval.systems import BM25System, RerankSystem, RunSystem, ScoredRerank
 from eval.tables import format_costs
+from retrieval_kd.collections import open_collection
+from retrieval_kd.collections.base import split_queries
+from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.errors import DataError, ServeError
+from retrieval_kd.recipes.schema import CollectionSpec
 
 
 def test_waiting_counts_from_the_arrival() -> None:
@@ -127,6 +136,43 @@ def test_bench_and_evaluation_measure_alike_without_self_matches(tiny: Path, tmp
     assert report["systems"][0]["nDCG@1"] == benched["systems"][0]["nDCG@1"] == 1.0
     assert report["notes"] == benched["notes"] != []
     assert report["agreements"][0]["top1"] == 1.0
+
+
+def test_a_reranker_pays_for_its_scoring_and_stored_runs_for_nothing(tiny: Path) -> None:
+    """A cross-encoder whose stored scores are looked up would be the fastest system of the table."""
+    collection = open_collection(CollectionSpec(str(tiny / "tiny-collection")))
+    queries = split_queries(collection, "test")
+    load = Load(calls=2, warmup=1, depth=3)
+    first = BM25System(collection).run(queries, load.depth)
+    teacher = CountingTeacher()
+    bm25 = RunSystem("bm25", first)
+    reranker = ScoredRerank("ce", first, RerankSystem("ce", bm25, teacher, collection, 3))
+    cost, run, facts = _cost_and_quality(reranker, queries, collection, load)
+    assert cost is not None
+    # Warm-up, facts, single queries and throughput each score the sample, and nothing scores the other queries.
+    assert teacher.pairs >= 3 * 3
+    assert {query_id: list(one.doc_ids) for query_id, one in run.items()} == {
+        query_id: list(one.doc_ids) for query_id, one in first.items()
+    }
+    assert facts.params == teacher.parameters
+    for stored in (bm25, FusedSystem("both", [first, first]), ScoredRerank("mean", first, None)):
+        cost, run, facts = _cost_and_quality(stored, queries, collection, load)
+        assert cost is None
+        assert facts == Facts()
+        assert set(run) == set(queries)
+
+
+class CountingTeacher:
+    """Scores every pair alike and counts them."""
+
+    name, fingerprint, parameters = "counting", "0" * 64, 7
+
+    def __init__(self) -> None:
+        self.pairs = 0
+
+    def score(self, pairs: Sequence[tuple[str, str]], on_rows: Callable[[int], object] | None = None) -> Vectors:
+        self.pairs += len(pairs)
+        return np.zeros(len(pairs), dtype=np.float32)
 
 
 def test_a_failing_process_says_why(tiny: Path, tmp_path: Path) -> None:
