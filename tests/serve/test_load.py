@@ -240,6 +240,6 @@ def test_memory_does_not_grow_with_calls_cancelled_late_and_answered(start: Star
         return sizes
 
     sizes = asyncio.run(main(11))
-    settled = np.array(sizes[4:], dtype=np.float64)
-    slope = np.polyfit(np.arange(len(settled)) * 400, settled, 1)[0]
-    assert slope < 400, f"{slope:.0f} bytes a call; sizes {sizes}"
+    # A leak grows in every round; the allocator takes a block once in a while, which a fitted line takes for growth.
+    growth = float(np.median(np.diff(sizes[4:]))) / 400
+    assert growth < 400, f"{growth:.0f} bytes a call; sizes {sizes}"
