@@ -240,7 +240,8 @@ def test_memory_does_not_grow_with_calls_cancelled_late_and_answered(start: Star
         return sizes
 
     sizes = asyncio.run(main(11))
-    # Client and server share this process, whose heap settles for tens of thousands of calls; benchmarks/serving_soak.py
-    # measures the server alone, for longer. A leak grows in every round, where the allocator now and then takes a block.
+    # Client and server share this process, whose heap settles for tens of thousands of calls;
+    # benchmarks/serving_soak.py measures the server alone, for longer. A leak grows in every round, where the
+    # allocator takes a block now and then.
     growth = float(np.median(np.diff(sizes[4:]))) / 400
     assert growth < 1000, f"{growth:.0f} bytes a call; sizes {sizes}"
