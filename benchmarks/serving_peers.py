@@ -8,7 +8,7 @@ as not run. Each peer has an environment of its own under ``--environments``:
 
     python -m venv ENVIRONMENTS/mosec && ENVIRONMENTS/mosec/bin/pip install mosec onnxruntime faiss-cpu tokenizers
     ... fastapi:  fastapi uvicorn faiss-cpu sentence-transformers
-    ... pytriton: nvidia-pytriton onnxruntime faiss-cpu tokenizers
+    ... pytriton: nvidia-pytriton onnxruntime faiss-cpu tokenizers (Python 3.11 before 3.11.5, which Debian 12 has)
     ... infinity: infinity-emb[server,torch] faiss-cpu
 
     python benchmarks/serving_peers.py --world /tmp/world --environments /tmp/peers --json results/serving_peers.json

@@ -46,6 +46,9 @@ _POINTS_PER_LIST = 39
 # faiss sums the distances of twenty queries or more by BLAS, in an order that depends on how many they are.
 _QUERIES_AT_ONCE = 16
 _SPARE = 1.2
+_TIES = 32
+# faiss shuffles the nodes it adds in one call, and a graph whose nodes come in the order of their ids is a worse one.
+_ADDED_AT_ONCE = 65536
 # What faiss selects at most on a GPU, and the bytes a code may have there: one lookup table of 256 half floats for each
 # byte must fit the 48 KiB of memory that a block shares.
 _GPU_MOST = 2048
@@ -79,7 +82,10 @@ class Effort:
 
     def width(self, spec: IndexSpec, k: int) -> int:
         """Return how many candidates a kind proposes for ``k`` documents."""
-        return max(k, self.ef_search) if spec.kind in _HNSW else self.oversample * max(k, 10)
+        if spec.kind not in _HNSW:
+            return self.oversample * max(k, 10)
+        # The scores of "hnsw" are those of the vectors themselves: more than ties at the end is carried for nothing.
+        return max(k, min(self.ef_search, k + _TIES) if spec.kind == "hnsw" else self.ef_search)
 
 
 def resolved(spec: IndexSpec, count: int, dimension: int) -> IndexSpec:
@@ -111,7 +117,8 @@ def write_ann(folder: Path, vectors: StoredVectors, spec: IndexSpec) -> None:
         index.train(_sample(vectors, max(_TRAINED_ON, _POINTS_PER_LIST * spec.lists)))
     threads = 1 if spec.kind in _HNSW else faiss.omp_get_max_threads()
     with faiss_threads(threads), progress(f"build {spec.kind}", vectors.count, "documents") as advance:
-        for block in vectors.blocks():
+        for start in range(0, vectors.count, _ADDED_AT_ONCE):
+            block = vectors.rows(slice(start, start + _ADDED_AT_ONCE))
             index.add(block)
             advance(len(block))
     flags = faiss.IO_FLAG_SKIP_STORAGE if spec.kind == "hnsw" else 0

@@ -107,7 +107,7 @@ class MicroBatcher:
         run: Callable[[Sequence[Tokens]], Vectors],
         limits: Limits,
         metrics: Metrics | None = None,
-        batch_texts: int = 8,
+        batch_texts: int = 16,
         batch_tokens: int = 2048,
     ) -> None:
         """Take the encoder's ``run(rows) -> float32 [n, d]`` and the largest batch, in texts and in tokens."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -106,7 +107,7 @@ class EncoderCard:
         if self.max_length < 3:
             raise ArtifactError(f"encoder card: max_length {self.max_length} leaves no room for a word; mend {CARD}")
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Return the sha256 over weights, tokenizer and every field that changes a vector."""
         return fingerprint({key: value for key, value in asdict(self).items() if key not in _DESCRIPTIVE})
