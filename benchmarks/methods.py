@@ -268,6 +268,7 @@ def _title(label: str) -> str:
         "asymmetric": "Asymmetric: a 3-layer query tower before the large encoder's documents",
         "symmetric": "Symmetric: one 3-layer encoder for both sides",
         "best": "The default recipe at its own budget",
+        "best-symmetric": "The default recipe at its own budget, symmetric",
         "static": "Asymmetric: a static query encoder, one vector a token, before the large encoder's documents",
     }
     return titles.get(label, label)
@@ -289,10 +290,12 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
             f"best {setup['negatives']} others by all-MiniLM-L6-v2, fewer where a method takes fewer), batches of "
             f"{setup['batch']}, peak learning rate {setup['learning_rate']:g}; nothing is tuned for one method."
         )
+    seen = (
+        "; the first is the collection trained on, the others were never seen" if len(first["collections"]) > 1 else ""
+    )
     yield (
-        f"{MEASURE} on the {SPLIT} split of {collections} queries; the first is the collection trained on, the "
-        f"others were never seen. In brackets the share of {TEACHER}'s value and the 95 % bootstrap interval of "
-        f"the difference from it."
+        f"{MEASURE} on the {SPLIT} split of {collections} queries{seen}. In brackets the share of {TEACHER}'s value "
+        f"and the 95 % bootstrap interval of the difference from it."
     )
     if BASELINE in of_label:
         yield (
@@ -305,7 +308,7 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
 
 
 def _rows(of_label: Mapping[str, Result]) -> Iterator[str]:
-    names = list(next(iter(of_label.values()))["collections"])
+    names = list(dict.fromkeys(name for one in of_label.values() if one["trained_on"] for name in one["collections"]))
     tests = {name: _compared(of_label, name) for name in names}
     yield f"| method | needs | texts | CPU minutes | {' | '.join(names)} |"
     yield f"|---|---|---:|---:|{'---|' * len(names)}"
@@ -320,6 +323,8 @@ def _rows(of_label: Mapping[str, Result]) -> Iterator[str]:
 
 
 def _cell(of_label: Mapping[str, Result], method: str, collection: str, tests: Mapping[str, Comparison]) -> str:
+    if collection not in of_label[method]["collections"]:
+        return ""
     found = np.array(of_label[method]["collections"][collection]["values"])
     shown = f"{found.mean():.3f}"
     if method in tests and tests[method].p_holm < LARGEST_P:
@@ -335,7 +340,7 @@ def _compared(of_label: Mapping[str, Result], collection: str) -> dict[str, Comp
     """Compare every trained method with the baseline on one collection."""
     evaluations = {}
     for method, one in of_label.items():
-        if one["trained_on"]:
+        if one["trained_on"] and collection in one["collections"]:
             stored = one["collections"][collection]
             ids = tuple(f"{stored['query_ids']}/{i}" for i in range(len(stored["values"])))
             evaluations[method] = Evaluation(ids, {MEASURE: np.array(stored["values"])}, ())
