@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from retrieval_kd.artifacts import atomic_write
@@ -37,6 +38,10 @@ class DocumentIds:
     def __init__(self, column: Any) -> None:
         """Hold an opened column; use :meth:`open`."""
         self._column = column
+        # An arrow scalar for each id took as long as scoring ten documents.
+        _, offsets, text = column.buffers()
+        self._ends = np.frombuffer(offsets, dtype="<i8")[column.offset :]
+        self._text = memoryview(text or b"")
 
     @classmethod
     def open(cls, path: Path) -> DocumentIds:
@@ -49,14 +54,17 @@ class DocumentIds:
             batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
             raise ArtifactError(f"{path}: not a file of ids ({error}); build the index again") from None
+        if batch.schema != _SCHEMA:
+            raise ArtifactError(f"{path}: not a file of ids (columns {batch.schema.names}); build the index again")
         return cls(batch.column(0))
 
     def __len__(self) -> int:
         return len(self._column)
 
     def __getitem__(self, row: int) -> str:
-        found: str = self._column[row].as_py()
-        return found
+        if row < 0:
+            raise IndexError(row)
+        return str(self._text[self._ends[row] : self._ends[row + 1]], "utf-8")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._column.to_pylist())
