@@ -1,9 +1,10 @@
-"""Peak memory: training against the size of the corpus, and scoring against the number of pairs.
+"""Peak memory: training and encoding against the size of the corpus, and scoring against the number of pairs.
 
 ``training`` trains a tiny student on the same 512 lists for the same steps beside corpora of 10^4, 10^5 and 10^6
-documents; the lists' documents are among them. ``scoring`` scores 10^4, 10^5 and 10^6 pairs with a tiny random
-cross-encoder into a store, pairs streaming in and shards out. Each run is a process of its own; what counts is its
-peak resident memory (``ru_maxrss``), reported with what the process needed before it touched the first document.
+documents; the lists' documents are among them. ``encoding`` encodes such a corpus. ``scoring`` scores 10^4, 10^5 and
+10^6 pairs with a tiny random cross-encoder into a store, pairs streaming in and shards out. Each run is a process of
+its own; what counts is its peak resident memory (``ru_maxrss``), reported with what the process needed before it
+touched the first document.
 
     python benchmarks/memory.py --json benchmarks/results/memory.json
 """
@@ -175,14 +176,37 @@ def scoring(folder: Path, pairs: int) -> dict[str, Any]:
     return {"start_mib": before, "opened_mib": opened, "peak_mib": peak(), "seconds": time.perf_counter() - started}
 
 
-RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {"training": training, "scoring": scoring}
+def encoding(folder: Path, documents: int) -> dict[str, Any]:
+    """Encode a corpus of some size with a tiny encoder."""
+    from tiny import tiny_encoder
+
+    from retrieval_kd.collections import open_collection
+    from retrieval_kd.encoders.corpus import encode_corpus
+    from retrieval_kd.recipes.schema import CollectionSpec
+
+    encoder = tiny_encoder(width=WIDTH)
+    encoder.encode(["w1 w2"], "document")
+    before = peak()
+    collection = open_collection(CollectionSpec(str(folder)))
+    _ = collection.contents([doc_id(0)])
+    opened = peak()
+    started = time.perf_counter()
+    encode_corpus(encoder, collection, folder / "encoded")
+    return {"start_mib": before, "opened_mib": opened, "peak_mib": peak(), "seconds": time.perf_counter() - started}
+
+
+RUNS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "training": training,
+    "encoding": encoding,
+    "scoring": scoring,
+}
 
 
 def in_a_process(kind: str, size: int) -> dict[str, Any]:
     """Prepare the files of a run and measure it in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_collection(folder, size if kind == "training" else 10_000)
+        write_collection(folder, 10_000 if kind == "scoring" else size)
         done = subprocess.run(
             [sys.executable, __file__, "--only", kind, str(size), name], stdout=subprocess.PIPE, text=True, check=True
         )

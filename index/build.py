@@ -119,6 +119,8 @@ def build_index(
             UpdateLog(folder / FOLDED).append(update)
         write_ann(folder, stored, index)
         finished = replace(content, index=index, largest_norm=stored.longest())
+        # Its pages would count a second time beside those of the finished folder, which is opened from here on.
+        del stored
         if asked is not None:
             finished = tuned(folder, finished, asked, spec.target_recall, considered)
         if queries is None:
