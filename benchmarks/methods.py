@@ -254,8 +254,10 @@ def _opening() -> Iterator[str]:
 
 
 def _tables(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
-    baselines = {name: one for name, one in results.get("asymmetric", {}).items() if not one["trained_on"]}
+    untrained = [one for of_label in results.values() for one in of_label.values() if not one["trained_on"]]
     for label, measured_here in results.items():
+        modes = {one["mode"] for one in measured_here.values() if one["trained_on"]}
+        baselines = {one["name"]: one for one in untrained if one["name"] == TEACHER or one["mode"] in modes}
         of_label = {**baselines, **measured_here}
         yield from ("", f"## {_title(label)}", "")
         yield from _setting(of_label)
