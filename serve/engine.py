@@ -26,7 +26,6 @@ from serve.metrics import Metrics
 from serve.reranking import Candidates, Reranker, RerankQueue
 
 T = TypeVar("T")
-_AT_ONCE_CHARACTERS = 256
 
 
 class TextEncoder(Protocol):
@@ -159,7 +158,7 @@ class Engine:
         if not texts:
             return Embedded(np.empty((0, self.encoder.card.dimension), dtype=np.float32))
         started = time.perf_counter_ns()
-        rows = await self._tokenized(texts, side)
+        rows = await self._off_loop(lambda: self.encoder.tokenize(texts, side))
         tokenized = time.perf_counter_ns()
         left = None if seconds is None else seconds - (tokenized - started) / 1e9
         encoded: Encoded = await self._batcher.encode(rows, turn or side, left)
@@ -233,12 +232,9 @@ class Engine:
         """
         return await self._reranking.score(reranker, wanted, seconds)
 
-    async def _tokenized(self, texts: Sequence[str], side: Side) -> list[list[int]]:
-        """Tokenise on the pool, but for the few words of a query, which take less time than the way to a thread."""
-        if sum(map(len, texts)) <= _AT_ONCE_CHARACTERS:
-            return self.encoder.tokenize(texts, side)
-        # Work that has not begun when the caller gives up never begins.
-        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: self.encoder.tokenize(texts, side))
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        """Run on the pool; work that has not begun when the caller gives up never begins."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
 
 class EngineSlot:

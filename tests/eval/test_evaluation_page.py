@@ -41,6 +41,7 @@ def test_the_shipped_tables_are_read() -> None:
         "BM25 on two sets",
         "README: the demo",
         "README: distil on MS MARCO passages",
+        "README: distil, symmetric",
         "README: margin_mse on MS MARCO passages",
         "README: margin_mse, symmetric",
     ]

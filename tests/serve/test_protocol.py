@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import grpc
 import numpy as np
@@ -14,7 +14,6 @@ from test_server import details
 from index.kinds import Effort
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
-from retrieval_kd.encoders.card import Side
 from retrieval_kd.errors import ServeError
 from serve.client import Options, RetrievalClient
 from serve.limits import Limits
@@ -157,23 +156,6 @@ def test_documents_are_embedded_as_documents(start: Start, client: RetrievalClie
         own.embed(["a"], documents=True)
         own.embed(["a"])
     assert sides == ["query", "document", "query"]  # the first is the warm-up
-
-
-def test_a_long_text_is_tokenised_off_the_loop(start: Start) -> None:
-    """Without it a megabyte of text would stop every other caller while it is cut into tokens."""
-    threads: dict[int, str] = {}
-    encoder = FakeEncoder()
-    tokenize = encoder.tokenize
-
-    def watched(texts: Sequence[str], side: Side) -> list[list[int]]:
-        threads[sum(map(len, texts))] = threading.current_thread().name
-        return tokenize(texts, side)
-
-    encoder.tokenize = watched
-    running = start(encoder)
-    with RetrievalClient(running.target) as own:
-        own.embed(["word " * 1000])
-    assert threads[5000].startswith("search")
 
 
 def test_filters_fields_and_effort_reach_the_index(
