@@ -55,7 +55,8 @@ class DocumentIds:
         except (OSError, pa.ArrowInvalid) as error:
             raise ArtifactError(f"{path}: not a file of ids ({error}); build the index again") from None
         if batch.schema != _SCHEMA:
-            raise ArtifactError(f"{path}: not a file of ids (columns {batch.schema.names}); build the index again")
+            found = ", ".join(f"{field.name}: {field.type}" for field in batch.schema)
+            raise ArtifactError(f"{path}: not a file of ids (it has {found}); build the index again")
         return cls(batch.column(0))
 
     def __len__(self) -> int:
