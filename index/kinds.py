@@ -9,8 +9,9 @@ of its own; every other kind writes ``ann.faiss``.
   ``fastscan``, or one bit a number (RaBitQ, Gao and Long, arXiv 2405.12497).
 * ``hnsw``, ``hnsw-sq8``: a graph (Malkov and Yashunin, arXiv 1603.09320) walked over the stored vectors or over
   8-bit codes of its own; built by one thread, because a graph built by several differs from run to run (faiss#2548).
-* ``gpu-exact``, ``gpu-ivf-pq``: the stored vectors or lists of codes in the memory of a GPU, where faiss has one;
-  one search at a time, and at most 2048 candidates and lists, beyond which all documents are compared.
+* ``gpu-exact``, ``gpu-ivf-pq``, ``gpu-cagra``: the stored vectors, lists of codes or a graph in the memory of a GPU,
+  where faiss has one (:mod:`index.gpu`); one search at a time, and at most 2048 candidates and lists, 512 of a graph's,
+  beyond which all documents are compared.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from index import gpu
 from index.ann import Selection, faiss
 from index.threads import faiss_threads
 from index.vectors import Rows, StoredVectors
@@ -36,9 +38,12 @@ from retrieval_kd.runs import Scores
 
 ANN = "ann.faiss"
 
-_GPU = ("gpu-exact", "gpu-ivf-pq")
 _IVF = ("ivf", "ivf-pq", "ivf-rabitq", "gpu-ivf-pq")
 _HNSW = ("hnsw", "hnsw-sq8")
+GRAPHS = (*_HNSW, "gpu-cagra")
+"""The kinds whose effort is ``ef_search``."""
+# Graphs that walk over the stored vectors and have none of their own.
+_OVER_STORED = ("hnsw", "gpu-cagra")
 _SCANS = ("exact", "gpu-exact")
 _TRAINED_ON = 65536
 _CENTROIDS = 16
@@ -49,10 +54,6 @@ _SPARE = 1.2
 _TIES = 32
 # faiss shuffles the nodes it adds in one call, and a graph whose nodes come in the order of their ids is a worse one.
 _ADDED_AT_ONCE = 65536
-# What faiss selects at most on a GPU, and the bytes a code may have there: one lookup table of 256 half floats for each
-# byte must fit the 48 KiB of memory that a block shares.
-_GPU_MOST = 2048
-_GPU_CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,21 @@ class Effort:
 
     def width(self, spec: IndexSpec, k: int) -> int:
         """Return how many candidates a kind proposes for ``k`` documents."""
-        if spec.kind not in _HNSW:
+        if spec.kind not in GRAPHS:
             return self.oversample * max(k, 10)
-        # The scores of "hnsw" are those of the vectors themselves: more than ties at the end is carried for nothing.
-        return max(k, min(self.ef_search, k + _TIES) if spec.kind == "hnsw" else self.ef_search)
+        # A walk over the vectors themselves sees their scores: more than ties at the end is carried for nothing.
+        return max(k, min(self.ef_search, k + _TIES) if spec.kind in _OVER_STORED else self.ef_search)
 
 
 def resolved(spec: IndexSpec, count: int, dimension: int) -> IndexSpec:
     """Return the spec with every number that depends on the corpus filled in.
 
     Raises:
-        DataError: too few documents for the kind, or it needs a GPU that is not there or cannot hold its codes.
+        DataError: too few documents for the kind, or it needs a GPU that is not there or cannot hold it.
     """
-    if spec.kind in _GPU:
-        _require_gpu(spec.kind)
-    if spec.kind == "gpu-ivf-pq":
-        _gpu_code(dimension)
-    if spec.kind not in ("exact", "gpu-exact", *_HNSW) and count < _CENTROIDS:
+    if spec.kind in gpu.GPU:
+        gpu.require_fits(spec, count, dimension)
+    if spec.kind not in (*_SCANS, *GRAPHS) and count < _CENTROIDS:
         raise DataError(f"index kind {spec.kind} needs {_CENTROIDS} documents, there are {count}; use exact")
     if spec.kind not in _IVF:
         return spec
@@ -112,6 +111,14 @@ def write_ann(folder: Path, vectors: StoredVectors, spec: IndexSpec) -> None:
     """Build what the kind needs beside the stored vectors and write it to ``ann.faiss``."""
     if spec.kind in _SCANS:
         return
+    index = gpu.cagra(vectors, spec.neighbours) if spec.kind == "gpu-cagra" else _filled(vectors, spec)
+    flags = faiss.IO_FLAG_SKIP_STORAGE if spec.kind in _OVER_STORED else 0
+    # faiss's own file writer loses an error of the last flush; a callback raises it.
+    with atomic_write(folder / ANN, "wb") as file:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write), flags)
+
+
+def _filled(vectors: StoredVectors, spec: IndexSpec) -> Any:
     index = _empty(spec, vectors.dimension)
     if not index.is_trained:
         index.train(_sample(vectors, max(_TRAINED_ON, _POINTS_PER_LIST * spec.lists)))
@@ -121,10 +128,7 @@ def write_ann(folder: Path, vectors: StoredVectors, spec: IndexSpec) -> None:
             block = vectors.rows(slice(start, start + _ADDED_AT_ONCE))
             index.add(block)
             advance(len(block))
-    flags = faiss.IO_FLAG_SKIP_STORAGE if spec.kind == "hnsw" else 0
-    # faiss's own file writer loses an error of the last flush; a callback raises it.
-    with atomic_write(folder / ANN, "wb") as file:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(file.write), flags)
+    return index
 
 
 class Proposer:
@@ -136,7 +140,7 @@ class Proposer:
         self._vectors = vectors
         self._spec = spec
         # An index on a GPU has one set of buffers for all that ask it; those of the processor are only read.
-        self._turn = threading.Lock() if spec.kind in _GPU else contextlib.nullcontext()
+        self._turn = threading.Lock() if spec.kind in gpu.GPU else contextlib.nullcontext()
 
     @classmethod
     def open(cls, folder: Path, vectors: StoredVectors, spec: IndexSpec) -> Proposer | None:
@@ -148,23 +152,23 @@ class Proposer:
         """
         if spec.kind == "exact":
             return None
-        if spec.kind in _GPU:
-            _require_gpu(spec.kind)
+        if spec.kind in gpu.GPU:
+            gpu.require_gpu(spec.kind)
         if spec.kind == "gpu-exact":
             index = vectors.scan
-        elif spec.kind == "hnsw":
+        elif spec.kind in _OVER_STORED:
             index = _mapped(folder / ANN, faiss.IO_FLAG_SKIP_STORAGE)
             index.storage, index.own_fields = vectors.scan, False
         else:
             index = _mapped(folder / ANN, 0)
         if (index.ntotal, index.d) != (vectors.count, vectors.dimension):
             raise ArtifactError(f"{folder / ANN}: of another size than the vectors; build the index again")
-        return cls(_on_gpu(index, spec.kind) if spec.kind in _GPU else index, vectors, spec)
+        return cls(gpu.on_gpu(index, spec.kind) if spec.kind in gpu.GPU else index, vectors, spec)
 
     @property
     def most(self) -> int:
         """Return how many documents can be proposed for a query."""
-        return _GPU_MOST if self._spec.kind in _GPU else self._vectors.count
+        return gpu.most(self._spec.kind) if self._spec.kind in gpu.GPU else self._vectors.count
 
     @property
     def scores_are_dots(self) -> bool:
@@ -203,14 +207,19 @@ class Proposer:
                 for start in range(0, len(queries), _QUERIES_AT_ONCE)
             ]
         scores, rows = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
+        if self._spec.kind == "gpu-cagra":
+            # A walk that found fewer names the last number there is.
+            rows[rows >= self._vectors.count] = -1
         if dropped is not None:
             rows[~dropped[rows]] = -1
         return scores, rows
 
     def _parameters(self, effort: Effort, width: int, share: float, chosen: Selection | None) -> Any:
         selector = None if chosen is None else chosen.selector
-        if self._spec.kind in _HNSW:
+        if self._spec.kind in GRAPHS:
             nodes = min(self._vectors.count, math.ceil(max(width, effort.ef_search) / share))
+            if self._spec.kind == "gpu-cagra":
+                return gpu.cagra_parameters(nodes)
             return faiss.SearchParametersHNSW(efSearch=nodes, sel=selector)
         if self._spec.kind in _IVF:
             probes = min(self._spec.lists, self.most, math.ceil(effort.probes / share))
@@ -239,7 +248,7 @@ def _description(spec: IndexSpec, dimension: int) -> str:
     """Return what faiss's factory calls an index."""
     if spec.kind == "gpu-ivf-pq":
         # np: without training for polysemous codes, which takes long and which a GPU cannot use.
-        return f"IVF{spec.lists},PQ{_gpu_code(dimension)}np"
+        return f"IVF{spec.lists},PQ{gpu.code(dimension)}np"
     codes = f"PQ{_sub_vectors(dimension)}x4fs"
     return {
         "fastscan": codes,
@@ -254,24 +263,6 @@ def _sub_vectors(dimension: int) -> int:
     return next(parts for parts in range(-(-dimension // 4), dimension + 1) if dimension % parts == 0)
 
 
-def _gpu_code(dimension: int) -> int:
-    """Return the least bytes a code needs for one byte for every 8 numbers or fewer."""
-    for parts in _GPU_CODES:
-        if dimension % parts == 0 and dimension <= 8 * parts:
-            return parts
-    raise DataError(
-        f"index kind gpu-ivf-pq: {dimension} numbers do not fall into {_GPU_CODES[-1]} equal parts or fewer, of at "
-        "most 8 numbers, that a GPU has memory for; set index.dimension, or use ivf-pq"
-    )
-
-
-def _on_gpu(index: Any, kind: str) -> Any:
-    options = faiss.GpuClonerOptions()
-    # For lists of codes this makes only the lookup tables half floats; flat vectors would lose half of their bits.
-    options.useFloat16 = kind == "gpu-ivf-pq"
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
-
-
 def _sample(vectors: StoredVectors, wanted: int) -> Vectors:
     """Return evenly spaced rows; their order is that of the ids."""
     return vectors.rows(np.linspace(0, vectors.count - 1, min(vectors.count, wanted)).astype(np.int64))
@@ -284,8 +275,3 @@ def _mapped(path: Path, flags: int) -> Any:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{path}: not an index faiss can read ({reason}); build the index again") from None
-
-
-def _require_gpu(kind: str) -> None:
-    if not hasattr(faiss, "StandardGpuResources") or faiss.get_num_gpus() == 0:
-        raise DataError(f"index kind {kind} needs faiss-gpu and a GPU, and there is none here; use another kind")

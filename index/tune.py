@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from index.ids import IDS, write_ids
-from index.kinds import Effort, resolved, write_ann
+from index.kinds import GRAPHS, Effort, resolved, write_ann
 from index.manifest import IndexContent
 from index.probes import evenly_spaced
 from index.search import Opened
@@ -119,7 +119,7 @@ def tune(opened: Opened, queries: Vectors, target: float) -> tuple[Effort, Tunin
     spec = opened.content.index
     bench = _Bench(opened, queries[evenly_spaced(len(queries), _QUERIES)])
     effort = Effort.of(spec)
-    if spec.kind.startswith("hnsw"):
+    if spec.kind in GRAPHS:
         knobs = {"ef_search": min(_MOST_NODES, opened.content.count)}
     elif spec.lists:
         knobs = {"probes": spec.lists, "oversample": _MOST_OVERSAMPLE}

@@ -38,6 +38,7 @@ _PRODUCERS = (
     "onnxruntime-gpu",
     "faiss-cpu",
     "faiss-gpu",
+    "faiss-gpu-cuvs",
     "bm25s",
     "pyarrow",
 )

@@ -734,6 +734,7 @@ IndexKind = Literal[
     "hnsw-sq8",
     "gpu-exact",
     "gpu-ivf-pq",
+    "gpu-cagra",
 ]
 
 
