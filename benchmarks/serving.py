@@ -133,10 +133,15 @@ def serving(world: Path, core: int) -> Iterator[tuple[str, int]]:
 
 
 def one_round(arguments: argparse.Namespace, target: str, pid: int, texts: Sequence[str]) -> dict[str, Any]:
-    verb = [sys.executable, __file__, "--world", str(arguments.world), "--seconds", str(arguments.seconds)]
-    command = ["taskset", "-c", str(arguments.server_core), *verb, "--in-process"]
-    ceiling = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+    ceiling = in_process_on(arguments.server_core, arguments.world, arguments.seconds)
     return {"ceiling": ceiling, "server": asyncio.run(closed(target, pid, texts, arguments.seconds))}
+
+
+def in_process_on(core: int, world: Path, seconds: float) -> dict[str, Any]:
+    """Return :func:`in_process` of a process of its own, which runs on one core."""
+    verb = [sys.executable, __file__, "--world", str(world), "--seconds", str(seconds)]
+    command = ["taskset", "-c", str(core), *verb, "--in-process"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
 
 
 async def closed(target: str, pid: int, texts: Sequence[str], seconds: float) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Every server runs alone on one pinned core, the client on another. retrieval-kd 
 round, so that a busy machine slows both, and the ratio is the median over the rounds of the ratio within a round.
 The peers get the same student (the same ONNX file, or the same weights under torch), the same documents, and a raw
 faiss HNSW graph, which is no slower than retrieval-kd's own index. A peer whose environment is missing is reported
-as not run. Each peer has an environment of its own under ``--environments``:
+as not run. ``limit`` is what the same encoder and index take in process, in batches and with no server: nobody who
+computes the same vectors is faster. Each peer has an environment of its own under ``--environments``:
 
     python -m venv ENVIRONMENTS/mosec && ENVIRONMENTS/mosec/bin/pip install mosec onnxruntime faiss-cpu tokenizers
     ... fastapi:  fastapi uvicorn faiss-cpu sentence-transformers
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from serving import CALLERS, TOP_K, machine, serving
+from serving import BATCH, CALLERS, TOP_K, in_process_on, machine, serving
 from serving_load import Call, closed_loop, cpu_seconds
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
@@ -90,6 +91,7 @@ def main() -> None:
     texts = (arguments.world / "queries.txt").read_text().splitlines()
     with serving(arguments.world, arguments.server_core) as (target, pid):
         rows = [compare(arguments, peer, target, pid, texts) for peer in ALL]
+    limits = [in_process_on(arguments.server_core, arguments.world, arguments.seconds) for _ in range(arguments.rounds)]
     report = {
         "queries": len(texts),
         "documents": len((arguments.world / "ids.txt").read_text().splitlines()),
@@ -99,6 +101,10 @@ def main() -> None:
         "seconds_each": arguments.seconds,
         "machine": machine(),
         "versions": producers(),
+        "limit": {
+            "queries_a_call": BATCH,
+            "cpu_ms_per_query": statistics.median(limit["batch"]["cpu_ms_per_query"] for limit in limits),
+        },
         "peers": rows,
     }
     sys.stdout.write(json.dumps(report, indent=2) + "\n")

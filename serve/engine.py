@@ -17,13 +17,13 @@ import numpy as np
 
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side
-from serve.backlog import Backlog
 from serve.batcher import Encoded, MicroBatcher
 from serve.errors import NotReadyError
-from serve.indexes import DocumentSearcher, IndexHandle, IndexHost, IndexSource, StoreSource
+from serve.indexes import IndexHost, IndexSource, StoreSource
 from serve.limits import Limits
 from serve.metrics import Metrics
 from serve.reranking import Candidates, Reranker, RerankQueue
+from serve.searches import Searches
 
 T = TypeVar("T")
 
@@ -71,7 +71,7 @@ class Engine:
         self.index = IndexHost(source, encoder.card, self.metrics)
         self._limits = limits
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
-        self._searches = Backlog("the index", threads)
+        self.searches = Searches(self._pool, threads)
         self._reranking = RerankQueue()
         self._exit = AsyncExitStack()
 
@@ -127,7 +127,7 @@ class Engine:
             )
             warm = await self.embed(["warm up"])
             with self.index.hold() as handle:
-                await self.on_index(handle, lambda searcher: searcher.search(warm.vectors, 1), 1)
+                await self.searches.search(handle, warm.vectors, 1, lambda _, rankings: rankings)
             if self.reranker is not None:
                 await self.rerank(self.reranker, [Candidates("warm up", ["warm up"])])
         except BaseException:
@@ -175,52 +175,9 @@ class Engine:
         Raises:
             OverloadedError: index or reranker would be done with it too late.
         """
-        self._searches.require_in_time(queries, seconds)
+        self.searches.require_in_time(queries, seconds)
         if pairs:
             self._reranking.require_in_time(pairs, seconds)
-
-    async def on_index(
-        self,
-        handle: IndexHandle,
-        work: Callable[[DocumentSearcher], T],
-        queries: int = 0,
-        seconds: float | None = None,
-    ) -> T:
-        """Run work that reads an index version; the version stays open until the thread is done with it.
-
-        A caller who is cancelled leaves the thread behind, and it must not find its files unmapped.
-
-        Args:
-            handle: The version.
-            work: What to do with it.
-            queries: How many it is searched for; 0 for work that is short beside a search.
-            seconds: How long the caller waits; None if for ever.
-
-        Raises:
-            OverloadedError: the work would be done too late; it was not queued.
-        """
-        if queries:
-            self._searches.require_in_time(queries, seconds)
-
-        def timed() -> T:
-            started = time.perf_counter()
-            done = work(handle.searcher)
-            self._searches.learn(queries, time.perf_counter() - started)
-            return done
-
-        def leave(_: object) -> None:
-            self._searches.leave(queries)
-            handle.release()
-
-        handle.acquire()
-        self._searches.enter(queries)
-        try:
-            running = self._pool.submit(timed)
-        except BaseException:
-            leave(None)
-            raise
-        running.add_done_callback(leave)
-        return await asyncio.wrap_future(running)
 
     async def rerank(
         self, reranker: Reranker, wanted: Sequence[Candidates], seconds: float | None = None

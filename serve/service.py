@@ -24,6 +24,7 @@ from serve.filters import filter_from_message
 from serve.indexes import DocumentSearcher, IndexHandle
 from serve.limits import Limits
 from serve.reranking import Candidates, Reranker
+from serve.searches import Finish
 from serve.streams import in_order
 from serve.tracing import Tracer
 from serve.validate import (
@@ -40,6 +41,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request", pb.SearchRequest, pb.BatchSearchRequest)
 Answer = TypeVar("Answer", pb.SearchResponse, pb.BatchSearchResponse)
 Response = TypeVar("Response")
+Outcome = TypeVar("Outcome")
 Fields = Sequence[Mapping[str, Any]]
 ADMIN_SERVICE = "dense.retrieval.v1.IndexAdminService"
 SERVICES = tuple(
@@ -160,7 +162,7 @@ class Rerank(_Servicer, rpc.RerankServiceServicer):
         with engine.index.hold() as handle:
             version = handle.searcher.version
             if stored:
-                texts |= await engine.on_index(handle, lambda searcher: _stored_texts(searcher, stored))
+                texts |= await engine.searches.run(handle, lambda searcher: _stored_texts(searcher, stored))
         for doc_id, text in texts.items():
             if not text:
                 raise UnknownError("dense.retrieval/text", doc_id, f"the index stores no text of {doc_id!r}; send it")
@@ -243,7 +245,7 @@ class Index(rpc.IndexServiceServicer):
         engine = self._slot.engine
         with engine.index.hold() as handle:
             # Counting reads what other processes have written since.
-            return await engine.on_index(handle, _index_info)
+            return await engine.searches.run(handle, _index_info)
 
 
 class ServerInfo(rpc.ServerInfoServiceServicer):
@@ -286,20 +288,38 @@ async def _rank(
     timings = _timings(embedded)
     started = time.perf_counter_ns()
 
-    def search(searcher: DocumentSearcher) -> list[Ranking]:
-        found = _search(searcher, vectors, max(k, options.rerank_depth), options)
+    def answer(searcher: DocumentSearcher, rankings: Sequence[Ranking]) -> Answer:
         timings.search_ns = time.perf_counter_ns() - started
-        return found
+        return finish(searcher, rankings, timings)
 
     if reranker is None:
-        return await engine.on_index(
-            handle, lambda searcher: finish(searcher, search(searcher), timings), len(queries), left()
-        )
-    found = await engine.on_index(handle, search, len(queries), left())
+        return await _searched(engine, handle, vectors, k, options, left(), answer)
+    depth = max(k, options.rerank_depth)
+    found = await _searched(engine, handle, vectors, depth, options, left(), lambda _, rankings: rankings)
+    timings.search_ns = time.perf_counter_ns() - started
     started = time.perf_counter_ns()
     rankings = await _reranked(engine, reranker, handle, [query.text for query in queries], found, k, left())
     timings.rescore_ns = time.perf_counter_ns() - started
-    return await engine.on_index(handle, lambda searcher: finish(searcher, rankings, timings))
+    return await engine.searches.run(handle, lambda searcher: finish(searcher, rankings, timings))
+
+
+async def _searched(
+    engine: Engine,
+    handle: IndexHandle,
+    vectors: Vectors,
+    k: int,
+    options: pb.SearchOptions,
+    seconds: float,
+    finish: Finish[Outcome],
+) -> Outcome:
+    """Search the index and finish the answer where it was found."""
+    if len(vectors) == 1 and not (options.exact or options.HasField("effort") or options.HasField("filter")):
+        return await engine.searches.search(handle, vectors, k, finish, seconds)
+
+    def alone(searcher: DocumentSearcher) -> Outcome:
+        return finish(searcher, _search(searcher, vectors, k, options))
+
+    return await engine.searches.run(handle, alone, len(vectors), seconds)
 
 
 def _search(searcher: DocumentSearcher, vectors: Vectors, k: int, options: pb.SearchOptions) -> list[Ranking]:
@@ -351,7 +371,7 @@ async def _reranked(
         texts = [_stored_texts(searcher, ranking.doc_ids) if ranking.doc_ids else {} for ranking in rankings]
         return [Candidates(query, list(some.values())) for query, some in zip(queries, texts, strict=True)]
 
-    logits = await engine.rerank(reranker, await engine.on_index(handle, candidates), seconds)
+    logits = await engine.rerank(reranker, await engine.searches.run(handle, candidates), seconds)
     return [rank(ranking.doc_ids, some, k) for ranking, some in zip(rankings, logits, strict=True)]
 
 
