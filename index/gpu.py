@@ -24,6 +24,8 @@ GPU = ("gpu-exact", "gpu-ivf-pq", "gpu-cagra")
 _MOST = 2048
 _MOST_NODES = 512
 _NODES_STEP = 32
+# The links of a node and a step of nodes must fit a buffer of 256.
+_MOST_NEIGHBOURS = 112
 # The bytes a code may have there: one lookup table of 256 half floats for each byte must fit the 48 KiB of memory that
 # a block shares.
 _CODES = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
@@ -53,6 +55,8 @@ def require_fits(spec: IndexSpec, count: int, dimension: int) -> None:
     fit = {"gpu-exact": ("float32", "float16"), "gpu-cagra": ("float32",)}.get(spec.kind, (spec.storage,))
     if spec.storage not in fit:
         raise DataError(f"index kind {spec.kind} holds {' or '.join(fit)}, not {spec.storage}; set index.storage")
+    if spec.kind == "gpu-cagra" and spec.neighbours > _MOST_NEIGHBOURS:
+        raise DataError(f"index kind gpu-cagra takes at most {_MOST_NEIGHBOURS} neighbours, not {spec.neighbours}")
     if spec.kind == "gpu-cagra" and count <= 4 * spec.neighbours:
         raise DataError(
             f"index kind gpu-cagra: a graph of {spec.neighbours} neighbours needs more than {4 * spec.neighbours} "
@@ -91,16 +95,24 @@ def on_gpu(index: Any, kind: str) -> Any:
 
 
 def cagra(vectors: StoredVectors, neighbours: int) -> Any:
-    """Build a graph on the GPU and return it as one of the processor, with as many links a node as HNSW's base."""
+    """Build a graph on the GPU and return it as the base of an HNSW graph, with as many links a node."""
     config = faiss.GpuIndexCagraConfig()
     config.graph_degree = 2 * neighbours
     config.intermediate_graph_degree = 4 * neighbours
     index = faiss.GpuIndexCagra(faiss.StandardGpuResources(), vectors.dimension, faiss.METRIC_INNER_PRODUCT, config)
     index.train(np.asarray(vectors.array))
-    return faiss.index_gpu_to_cpu(index)
+    base = faiss.IndexHNSWCagra()
+    # Upper levels would cost the processor time, and are nothing to a GPU.
+    base.base_level_only = True
+    index.copyTo(base)
+    return base
 
 
 def cagra_parameters(nodes: int) -> Any:
     """Return the parameters of a walk that keeps so many nodes in view, or as many as it can."""
-    # cuVS rounds up by itself, but beyond its most it fails.
-    return faiss.SearchParametersCagra(itopk_size=min(_MOST_NODES, _NODES_STEP * math.ceil(nodes / _NODES_STEP)))
+    return faiss.SearchParametersCagra(
+        # cuVS rounds up by itself, but beyond its most it fails.
+        itopk_size=min(_MOST_NODES, _NODES_STEP * math.ceil(nodes / _NODES_STEP)),
+        # A block for each query; of several, where one begins depends on the other queries of the call.
+        algo=faiss.search_algo_SINGLE_CTA,
+    )

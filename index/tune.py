@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from index import gpu
 from index.ids import IDS, write_ids
 from index.kinds import GRAPHS, Effort, resolved, write_ann
 from index.manifest import IndexContent
@@ -120,7 +121,8 @@ def tune(opened: Opened, queries: Vectors, target: float) -> tuple[Effort, Tunin
     bench = _Bench(opened, queries[evenly_spaced(len(queries), _QUERIES)])
     effort = Effort.of(spec)
     if spec.kind in GRAPHS:
-        knobs = {"ef_search": min(_MOST_NODES, opened.content.count)}
+        most = gpu.most(spec.kind) if spec.kind in gpu.GPU else _MOST_NODES
+        knobs = {"ef_search": min(most, opened.content.count)}
     elif spec.lists:
         knobs = {"probes": spec.lists, "oversample": _MOST_OVERSAMPLE}
     else:

@@ -63,6 +63,11 @@ class Backlog:
             work = units * self._unit_seconds
         require_in_time(self._what, wait, work, None if seconds is None else _HEADROOM * seconds)
 
+    def within(self, seconds: float) -> int:
+        """Return how many units are done in so many seconds, at least one."""
+        with self._lock:
+            return max(1, int(seconds / self._unit_seconds)) if self._unit_seconds else 1
+
     def enter(self, units: int) -> None:
         """Count a job that waits from now on."""
         with self._lock:

@@ -127,7 +127,7 @@ class Engine:
             )
             warm = await self.embed(["warm up"])
             with self.index.hold() as handle:
-                await self.searches.search(handle, warm.vectors, 1, lambda _, rankings: rankings)
+                await self.searches.search(handle, warm.vectors, 1, lambda _, rankings, _found: rankings)
             if self.reranker is not None:
                 await self.rerank(self.reranker, [Candidates("warm up", ["warm up"])])
         except BaseException:

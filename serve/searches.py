@@ -1,18 +1,21 @@
-"""Reading an index version off the event loop; single searches that arrive together are one search of the index.
+"""Reading an index version off the event loop; single searches that wait together are one search of the index.
 
-Queries that were encoded together are ready in the same pass of the loop. One call to the index costs them less than
-one each, and a thread is woken once for all of them. An index answers a query alone and in a batch alike, to the bit,
-so nobody can tell.
+Queries that were encoded together are ready together. One call of the index costs them less than one each, and a
+thread is woken once for all of them. A thread that is free takes what waits, so nobody waits for company; it takes no
+more than it answers within a few milliseconds, so nobody waits long for the company's answers either. An index answers
+a query alone and in a batch alike, so nobody can tell.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,8 +26,9 @@ from serve.backlog import Backlog
 from serve.indexes import DocumentSearcher, IndexHandle
 
 T = TypeVar("T")
-Finish = Callable[[DocumentSearcher, Sequence[Ranking]], T]
-# Nobody waits for the answers of more than these.
+Finish = Callable[[DocumentSearcher, Sequence[Ranking], int], T]
+"""Makes an answer of the rankings, given when they were found (:func:`time.perf_counter_ns`)."""
+_SECONDS_TOGETHER = 0.005
 _MOST_TOGETHER = 16
 
 
@@ -35,6 +39,17 @@ class _Search:
     done: asyncio.Future[Any]
 
 
+@dataclass(eq=False)
+class _Queue:
+    """Searches of one version for equally many documents; ``jobs`` of the pool have yet to look here."""
+
+    handle: IndexHandle
+    k: int
+    waiting: deque[_Search] = field(default_factory=deque)
+    jobs: int = 0
+    sending: bool = False
+
+
 class Searches:
     """What reads index versions on a pool's threads; used on one loop."""
 
@@ -43,7 +58,8 @@ class Searches:
         self._pool = pool
         self._threads = threads
         self._backlog = Backlog("the index", threads)
-        self._together: dict[tuple[IndexHandle, int], list[_Search]] = {}
+        self._queues: dict[tuple[IndexHandle, int], _Queue] = {}
+        self._lock = threading.Lock()
 
     def require_in_time(self, queries: int, seconds: float | None) -> None:
         """Refuse a request before any other work is done for it.
@@ -79,18 +95,34 @@ class Searches:
         """
         if queries:
             self.require_in_time(queries, seconds)
-        return await asyncio.wrap_future(self._submit(handle, work, queries))
+
+        def timed() -> T:
+            started = time.perf_counter()
+            done = work(handle.searcher)
+            self._backlog.learn(queries, time.perf_counter() - started)
+            return done
+
+        self._enter(handle, queries)
+        try:
+            running: Future[T] = self._pool.submit(timed)
+        except BaseException:
+            self._leave(handle, queries)
+            raise
+        running.add_done_callback(lambda _: self._leave(handle, queries))
+        return await asyncio.wrap_future(running)
 
     async def search(
         self, handle: IndexHandle, vector: Vectors, k: int, finish: Finish[T], seconds: float | None = None
     ) -> T:
-        """Search a version as its own effort has it, without a filter, together with who else wants that now.
+        """Search a version as its own effort has it, without a filter, together with who else waits for that.
+
+        Who is cancelled while waiting leaves the queue by that alone.
 
         Args:
             handle: The version.
             vector: The query, float32 ``[1, d]``.
             k: Documents wanted.
-            finish: Makes the answer of the one ranking, on the thread that found it.
+            finish: Makes the answer, on the thread that found the ranking.
             seconds: How long the caller waits; None if for ever.
 
         Raises:
@@ -99,82 +131,123 @@ class Searches:
         self.require_in_time(1, seconds)
         loop = asyncio.get_running_loop()
         one = _Search(vector, finish, loop.create_future())
-        waiting = self._together.get((handle, k))
-        if waiting is None:
-            # The version stays open for those who gather, though every one of their callers leaves.
-            handle.acquire()
-            self._together[handle, k] = waiting = []
-            loop.call_soon(self._send, handle, k)
-        waiting.append(one)
-        done: T = await one.done
-        return done
-
-    def _send(self, handle: IndexHandle, k: int) -> None:
-        """Give the searches that have gathered to the threads, some to each."""
-        group = [one for one in self._together.pop((handle, k)) if not one.done.done()]
-        parts = max(min(self._threads, len(group)), math.ceil(len(group) / _MOST_TOGETHER))
+        queue = self._queues.setdefault((handle, k), _Queue(handle, k))
+        self._enter(handle, 1)
+        with self._lock:
+            queue.waiting.append(one)
+        if not queue.sending:
+            # Those that are ready in the same pass of the loop are in the queue by the time of this call.
+            queue.sending = True
+            loop.call_soon(self._send, queue, loop)
         try:
-            for part in range(parts):
-                self._send_part(handle, k, group[part::parts])
-        finally:
-            handle.release()
+            answer: T = await one.done
+        except asyncio.CancelledError:
+            self._abandon(queue, one)
+            raise
+        return answer
 
-    def _send_part(self, handle: IndexHandle, k: int, part: Sequence[_Search]) -> None:
-        loop = asyncio.get_running_loop()
+    def _send(self, queue: _Queue, loop: asyncio.AbstractEventLoop) -> None:
+        """Have as many threads look here as have something to do."""
+        queue.sending = False
+        with self._lock:
+            lacking = max(0, min(self._threads, len(queue.waiting)) - queue.jobs)
+            queue.jobs += lacking
+        for _ in range(lacking):
+            self._submit(queue, loop)
 
-        def work(searcher: DocumentSearcher) -> None:
-            loop.call_soon_threadsafe(_settle, part, _outcomes(searcher, k, part))
-
+    def _submit(self, queue: _Queue, loop: asyncio.AbstractEventLoop) -> None:
+        """Give the pool one of the queue's jobs."""
         try:
-            self._submit(handle, work, len(part))
-        except RuntimeError as error:
-            _settle(part, [error] * len(part))
+            self._pool.submit(self._work, queue, loop)
+        except BaseException as error:  # noqa: BLE001  those who wait for the thread have to hear of it
+            with self._lock:
+                queue.jobs -= 1
+                part = list(queue.waiting)
+                queue.waiting.clear()
+            self._answer(queue, loop, part, [_raisable(error)] * len(part))
 
-    def _submit(self, handle: IndexHandle, work: Callable[[DocumentSearcher], T], queries: int) -> Any:
-        def timed() -> T:
-            started = time.perf_counter()
-            done = work(handle.searcher)
-            self._backlog.learn(queries, time.perf_counter() - started)
-            return done
+    def _work(self, queue: _Queue, loop: asyncio.AbstractEventLoop) -> None:
+        part, rest = self._take(queue)
+        if rest:
+            self._submit(queue, loop)
+        if not part:
+            loop.call_soon_threadsafe(self._forget_if_idle, queue)
+            return
+        started = time.perf_counter()
+        outcomes = _outcomes(queue.handle.searcher, queue.k, part)
+        self._backlog.learn(len(part), time.perf_counter() - started)
+        self._answer(queue, loop, part, outcomes)
 
-        def leave(_: object) -> None:
-            self._backlog.leave(queries)
-            handle.release()
+    def _take(self, queue: _Queue) -> tuple[list[_Search], bool]:
+        """Return a fair share of those who wait, and whether one more job is needed for others who are left."""
+        most = min(_MOST_TOGETHER, self._backlog.within(_SECONDS_TOGETHER))
+        with self._lock:
+            share = min(most, math.ceil(len(queue.waiting) / queue.jobs))
+            queue.jobs -= 1
+            part = [queue.waiting.popleft() for _ in range(share)]
+            rest = bool(queue.waiting) and queue.jobs == 0
+            queue.jobs += rest
+            return part, rest
 
+    def _answer(
+        self, queue: _Queue, loop: asyncio.AbstractEventLoop, part: Sequence[_Search], outcomes: Sequence[Any]
+    ) -> None:
+        for _ in part:
+            self._leave(queue.handle, 1)
+        loop.call_soon_threadsafe(self._settle, queue, part, outcomes)
+
+    def _settle(self, queue: _Queue, part: Sequence[_Search], outcomes: Sequence[Any]) -> None:
+        self._forget_if_idle(queue)
+        for one, outcome in zip(part, outcomes, strict=True):
+            if one.done.done():
+                continue
+            if isinstance(outcome, Exception):
+                one.done.set_exception(outcome)
+            else:
+                one.done.set_result(outcome)
+
+    def _abandon(self, queue: _Queue, one: _Search) -> None:
+        with self._lock:
+            if one not in queue.waiting:
+                return
+            queue.waiting.remove(one)
+        self._leave(queue.handle, 1)
+        self._forget_if_idle(queue)
+
+    def _forget_if_idle(self, queue: _Queue) -> None:
+        with self._lock:
+            idle = not queue.waiting and not queue.jobs and not queue.sending
+        if idle and self._queues.get((queue.handle, queue.k)) is queue:
+            del self._queues[queue.handle, queue.k]
+
+    def _enter(self, handle: IndexHandle, queries: int) -> None:
         handle.acquire()
         self._backlog.enter(queries)
-        try:
-            running = self._pool.submit(timed)
-        except BaseException:
-            leave(None)
-            raise
-        running.add_done_callback(leave)
-        return running
+
+    def _leave(self, handle: IndexHandle, queries: int) -> None:
+        self._backlog.leave(queries)
+        handle.release()
 
 
 def _outcomes(searcher: DocumentSearcher, k: int, part: Sequence[_Search]) -> list[Any]:
     """Return an answer, or what went wrong, for each search; the trouble of one is not that of the others."""
     try:
         rankings = searcher.search(np.concatenate([one.vector for one in part]), k)
-    except Exception as error:  # noqa: BLE001  it is its callers' to handle
+        found = time.perf_counter_ns()
+        return [_finished(searcher, one, ranking, found) for one, ranking in zip(part, rankings, strict=True)]
+    except BaseException as error:  # noqa: BLE001  it is its callers' to handle
         if len(part) == 1:
-            return [error]
+            return [_raisable(error)]
         return [outcome for one in part for outcome in _outcomes(searcher, k, [one])]
-    return [_finished(searcher, one, ranking) for one, ranking in zip(part, rankings, strict=True)]
 
 
-def _finished(searcher: DocumentSearcher, one: _Search, ranking: Ranking) -> Any:
+def _finished(searcher: DocumentSearcher, one: _Search, ranking: Ranking, found: int) -> Any:
     try:
-        return one.finish(searcher, [ranking])
-    except Exception as error:  # noqa: BLE001  it is its caller's to handle
-        return error
+        return one.finish(searcher, [ranking], found)
+    except BaseException as error:  # noqa: BLE001  it is its caller's to handle
+        return _raisable(error)
 
 
-def _settle(part: Sequence[_Search], outcomes: Sequence[Any]) -> None:
-    for one, outcome in zip(part, outcomes, strict=True):
-        if one.done.done():
-            continue
-        if isinstance(outcome, Exception):
-            one.done.set_exception(outcome)
-        else:
-            one.done.set_result(outcome)
+def _raisable(error: BaseException) -> Exception:
+    """Return an error as a future takes it; others would end the loop, or pass for the caller's own cancellation."""
+    return error if isinstance(error, Exception) and not isinstance(error, StopIteration) else RuntimeError(repr(error))

@@ -288,17 +288,20 @@ async def _rank(
     timings = _timings(embedded)
     started = time.perf_counter_ns()
 
-    def answer(searcher: DocumentSearcher, rankings: Sequence[Ranking]) -> Answer:
-        timings.search_ns = time.perf_counter_ns() - started
+    def answer(searcher: DocumentSearcher, rankings: Sequence[Ranking], found: int) -> Answer:
+        timings.search_ns = found - started
         return finish(searcher, rankings, timings)
+
+    def candidates(_: DocumentSearcher, rankings: Sequence[Ranking], found: int) -> Sequence[Ranking]:
+        timings.search_ns = found - started
+        return rankings
 
     if reranker is None:
         return await _searched(engine, handle, vectors, k, options, left(), answer)
     depth = max(k, options.rerank_depth)
-    found = await _searched(engine, handle, vectors, depth, options, left(), lambda _, rankings: rankings)
-    timings.search_ns = time.perf_counter_ns() - started
+    first = await _searched(engine, handle, vectors, depth, options, left(), candidates)
     started = time.perf_counter_ns()
-    rankings = await _reranked(engine, reranker, handle, [query.text for query in queries], found, k, left())
+    rankings = await _reranked(engine, reranker, handle, [query.text for query in queries], first, k, left())
     timings.rescore_ns = time.perf_counter_ns() - started
     return await engine.searches.run(handle, lambda searcher: finish(searcher, rankings, timings))
 
@@ -317,7 +320,8 @@ async def _searched(
         return await engine.searches.search(handle, vectors, k, finish, seconds)
 
     def alone(searcher: DocumentSearcher) -> Outcome:
-        return finish(searcher, _search(searcher, vectors, k, options))
+        rankings = _search(searcher, vectors, k, options)
+        return finish(searcher, rankings, time.perf_counter_ns())
 
     return await engine.searches.run(handle, alone, len(vectors), seconds)
 

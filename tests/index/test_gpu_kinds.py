@@ -49,16 +49,23 @@ class Cagra:
         assert metric == faiss.METRIC_INNER_PRODUCT
         assert config.intermediate_graph_degree > config.graph_degree > 0
         self._config = config
-        self.graph = faiss.IndexHNSWCagra(dimension, config.graph_degree // 2, metric)
+        self._graph = faiss.IndexHNSWCagra(dimension, config.graph_degree // 2, metric)
 
     def train(self, vectors: np.ndarray) -> None:
         assert len(vectors) > self._config.intermediate_graph_degree
-        self.graph.add(vectors)
+        self._graph.add(vectors)
+
+    def copyTo(self, base: Any) -> None:  # noqa: N802  faiss's own name
+        assert base.base_level_only
+        base.d, base.ntotal, base.metric_type = self._graph.d, self._graph.ntotal, self._graph.metric_type
+        base.hnsw = self._graph.hnsw
+        base.storage, base.own_fields = self._graph.storage, False
 
 
 class Walk:
-    def __init__(self, itopk_size: int) -> None:
+    def __init__(self, itopk_size: int, algo: str) -> None:
         assert itopk_size % 32 == 0
+        assert algo == "one block for each query"
         self.itopk_size = itopk_size
 
 
@@ -102,7 +109,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("StandardGpuResources", object),
         ("GpuClonerOptions", Options),
         ("index_cpu_to_gpu", OnGpu),
-        ("index_gpu_to_cpu", lambda index: index.graph),
+        ("search_algo_SINGLE_CTA", "one block for each query"),
         ("GpuIndexCagraConfig", Config),
         ("GpuIndexCagra", Cagra),
         ("SearchParametersCagra", Walk),
@@ -164,7 +171,7 @@ def test_a_graph_finds_what_an_exhaustive_search_finds(tmp_path: Path) -> None:
     [
         (IndexSpec("gpu-exact", storage="sq8"), "gpu-exact holds float32 or float16, not sq8"),
         (IndexSpec("gpu-cagra", storage="float16"), "gpu-cagra holds float32, not float16"),
-        (IndexSpec("gpu-cagra", neighbours=175), "175 neighbours needs more than 700 documents, there are 700"),
+        (IndexSpec("gpu-cagra", neighbours=113), "gpu-cagra takes at most 112 neighbours, not 113"),
     ],
 )
 def test_what_a_gpu_has_no_form_for_is_refused_before_the_build(spec: IndexSpec, reason: str, tmp_path: Path) -> None:
@@ -178,3 +185,9 @@ def test_a_faiss_without_cuvs_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delattr(faiss, "GpuIndexCagra")
     with pytest.raises(DataError, match="gpu-cagra needs faiss with cuVS; install faiss-gpu-cuvs"):
         build_index(BASE, SPECS["gpu-cagra"], tmp_path)
+
+
+def test_a_graph_of_too_few_documents_is_refused(tmp_path: Path) -> None:
+    """The graph that CAGRA prunes has four links for each neighbour, and a node cannot be linked with itself."""
+    with pytest.raises(DataError, match="8 neighbours needs more than 32 documents, there are 32; use gpu-exact"):
+        build_index(corpus(clustered(1, 32, 8)), SPECS["gpu-cagra"], tmp_path)

@@ -11,6 +11,7 @@ from serve_fakes import DIMENSION, FakeSearcher
 
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.runs import Ranking
+from serve import searches as searches_module
 from serve.errors import OverloadedError
 from serve.indexes import DocumentSearcher, IndexHandle
 from serve.searches import Searches
@@ -35,7 +36,7 @@ class Recorder(FakeSearcher):
 Found = tuple[tuple[str, ...], list[float]]
 
 
-def first(_: DocumentSearcher, rankings: Sequence[Ranking]) -> Found:
+def first(_: DocumentSearcher, rankings: Sequence[Ranking], _found: int = 0) -> Found:
     (ranking,) = rankings
     return ranking.doc_ids, ranking.scores.tolist()
 
@@ -45,12 +46,40 @@ def alone(number: int, k: int, version: str = "0000000001-cafe") -> Found:
     return first(searcher, searcher.search(query(number), k))
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no thread be too slow for company; what that does is a test of its own."""
+    monkeypatch.setattr(searches_module, "_SECONDS_TOGETHER", 60.0)
+
+
 def run(threads: int, scenario: Callable[[Searches], Awaitable[None]]) -> None:
+    """Run a scenario on searches that know how long one takes; nobody may be left waiting, counted or held."""
+
     async def main() -> None:
         with ThreadPoolExecutor(threads) as pool:
-            await scenario(Searches(pool, threads))
+            searches, handle = Searches(pool, threads), IndexHandle(FakeSearcher())
+            await searches.search(handle, query(0), 1, first)
+            await asyncio.wait_for(scenario(searches), 20)
+            await asyncio.sleep(0.01)
+            assert not searches._queues
+            assert searches._backlog._jobs == searches._backlog._units == 0
+            assert handle._users == 1
 
     asyncio.run(main())
+
+
+async def occupied(searches: Searches, count: int = 1) -> tuple[threading.Event, list[asyncio.Future[None]]]:
+    """Keep all threads busy until the event is set."""
+    go_on, begun, handle = threading.Event(), threading.Semaphore(0), IndexHandle(FakeSearcher())
+
+    def work(_: DocumentSearcher) -> None:
+        begun.release()
+        assert go_on.wait(20)
+
+    jobs = [asyncio.ensure_future(searches.run(handle, work)) for _ in range(count)]
+    for _ in jobs:
+        assert await asyncio.to_thread(begun.acquire, timeout=20)
+    return go_on, jobs
 
 
 def query(number: int) -> Vectors:
@@ -58,7 +87,7 @@ def query(number: int) -> Vectors:
 
 
 @pytest.mark.parametrize(
-    ("threads", "count", "sizes"), [(1, 5, [5]), (2, 5, [2, 3]), (8, 3, [1, 1, 1]), (1, 40, [13, 13, 14])]
+    ("threads", "count", "sizes"), [(1, 5, [5]), (2, 5, [2, 3]), (8, 3, [1, 1, 1]), (1, 40, [8, 16, 16])]
 )
 def test_what_arrives_together_is_one_search_for_each_thread(threads: int, count: int, sizes: list[int]) -> None:
     """One call each costs half as much again; one for all leaves threads idle, and the first waiting for the last."""
@@ -87,17 +116,55 @@ def test_only_what_is_alike_goes_together() -> None:
     assert all(sorted(searcher.calls) == [(1, 3), (1, 5)] for searcher in searchers)
 
 
-def test_later_searches_do_not_wait_for_company() -> None:
-    """A search that came a moment later belongs to the next call; nobody is held back for it."""
+def test_what_waits_for_a_thread_goes_together() -> None:
+    """Searches that came one after the other while the threads were busy are no less alike."""
     searcher = Recorder()
 
     async def scenario(searches: Searches) -> None:
         handle = IndexHandle(searcher)
-        await searches.search(handle, query(0), 3, first)
-        await searches.search(handle, query(1), 3, first)
+        go_on, jobs = await occupied(searches)
+        tasks = []
+        for i in range(5):
+            tasks.append(asyncio.ensure_future(searches.search(handle, query(i), 3, first)))
+            await asyncio.sleep(0.001)
+        go_on.set()
+        assert await asyncio.gather(*tasks) == [alone(i, 3) for i in range(5)]
+        await asyncio.gather(*jobs)
 
     run(1, scenario)
-    assert searcher.calls == [(1, 3), (1, 3)]
+    assert searcher.calls == [(5, 3)]
+
+
+def test_a_slow_index_is_searched_for_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of a second for each of sixteen would be a second and a half for all of them."""
+    monkeypatch.setattr(searches_module, "_SECONDS_TOGETHER", 0.0)
+    searcher = Recorder()
+
+    async def scenario(searches: Searches) -> None:
+        handle = IndexHandle(searcher)
+        found = await asyncio.gather(*(searches.search(handle, query(i), 3, first) for i in range(6)))
+        assert found == [alone(i, 3) for i in range(6)]
+
+    run(1, scenario)
+    assert searcher.calls == [(1, 3)] * 6
+
+
+def test_those_who_arrive_together_see_one_another_in_the_backlog() -> None:
+    """Sixteen of one pass that each think themselves alone are all taken, and all but the first answered too late."""
+
+    async def scenario(searches: Searches) -> None:
+        handle = IndexHandle(Recorder())
+        for _ in range(60):
+            searches._backlog.learn(1, 0.02)
+        found = await asyncio.gather(
+            *(searches.search(handle, query(i), 3, first, seconds=0.15) for i in range(16)), return_exceptions=True
+        )
+        refused = [one for one in found if isinstance(one, OverloadedError)]
+        # .8 of 150 ms is six searches of 20 ms, the caller's own included.
+        assert len(refused) == 10
+        assert found[:6] == [alone(i, 3) for i in range(6)]
+
+    run(1, scenario)
 
 
 def test_a_query_that_cannot_be_searched_fails_alone() -> None:
@@ -116,45 +183,113 @@ def test_a_query_that_cannot_be_searched_fails_alone() -> None:
     run(1, scenario)
 
 
-def test_an_answer_that_cannot_be_made_fails_alone() -> None:
-    """A request for a field that is not stored fails when its answer is made, after the search it shared."""
+@pytest.mark.parametrize("busy", [False, True])
+def test_who_left_is_not_searched_for(busy: bool) -> None:
+    """A caller that gave up while it waited would cost the others its time, and have them refused for it."""
+    searcher = Recorder()
 
-    def fails(_: DocumentSearcher, _rankings: Sequence[Ranking]) -> Ranking:
-        raise KeyError("field")
+    async def scenario(searches: Searches) -> None:
+        handle = IndexHandle(searcher)
+        go_on, jobs = await occupied(searches, int(busy))
+        tasks = [asyncio.ensure_future(searches.search(handle, query(i), 3, first)) for i in range(4)]
+        await asyncio.sleep(0)
+        if busy:
+            await asyncio.sleep(0.01)
+        tasks[1].cancel()
+        tasks[2].cancel()
+        await asyncio.sleep(0)
+        assert searches._backlog._units <= 2
+        go_on.set()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(one, asyncio.CancelledError) for one in found] == [False, True, True, False]
+        await asyncio.gather(*jobs)
+
+    run(1, scenario)
+    assert searcher.calls == [(2, 3)]
+
+
+def test_nobody_is_left_of_those_who_waited() -> None:
+    """The thread's job comes to an empty queue, which must not keep its version for ever."""
+    searcher = Recorder()
+
+    async def scenario(searches: Searches) -> None:
+        handle = IndexHandle(searcher)
+        go_on, jobs = await occupied(searches)
+        tasks = [asyncio.ensure_future(searches.search(handle, query(i), 3, first)) for i in range(4)]
+        await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        handle.release()
+        assert searcher.closed
+        go_on.set()
+        await asyncio.gather(*jobs)
+
+    run(1, scenario)
+    assert searcher.calls == []
+
+
+@pytest.mark.parametrize("error", [KeyError("field"), StopIteration(), SystemExit(3), asyncio.CancelledError()])
+def test_whatever_goes_wrong_reaches_its_caller(error: BaseException) -> None:
+    """An error that a future refuses, or that no handler names, leaves its caller waiting until the deadline."""
+
+    def fails(_: DocumentSearcher, _rankings: Sequence[Ranking], _found: int) -> Found:
+        raise error
 
     async def scenario(searches: Searches) -> None:
         handle = IndexHandle(Recorder())
         found = await asyncio.gather(
-            searches.search(handle, query(0), 3, fails),
-            searches.search(handle, query(1), 3, first),
+            *(searches.search(handle, query(i), 3, finish) for i, finish in enumerate([fails, first, fails])),
             return_exceptions=True,
         )
-        assert isinstance(found[0], KeyError)
+        expected = KeyError if isinstance(error, KeyError) else RuntimeError
+        assert [type(found[0]), type(found[2])] == [expected, expected]
         assert found[1] == alone(1, 3)
 
     run(1, scenario)
 
 
-def test_who_left_is_not_searched_for() -> None:
-    """A caller that gave up while the searches gathered would cost the others its time."""
-    searcher = Recorder()
+def test_too_few_rankings_are_an_error_to_all() -> None:
+    """An index that loses a query of a batch answers those behind it with one another's documents."""
+
+    class Losing(Recorder):
+        def search(self, vectors: Vectors, k: int, **options: object) -> list[Ranking]:
+            return super().search(vectors, k)[1:]
 
     async def scenario(searches: Searches) -> None:
-        handle = IndexHandle(searcher)
-        tasks = [asyncio.ensure_future(searches.search(handle, query(i), 3, first)) for i in range(3)]
-        asyncio.get_running_loop().call_soon(tasks[1].cancel)
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        assert isinstance(found[1], asyncio.CancelledError)
+        handle = IndexHandle(Losing())
+        found = await asyncio.gather(
+            *(searches.search(handle, query(i), 3, first) for i in range(3)), return_exceptions=True
+        )
+        assert all(isinstance(one, ValueError) for one in found)
 
     run(1, scenario)
-    assert searcher.calls == [(2, 3)]
+
+
+def test_a_pool_that_takes_no_more_work_says_so() -> None:
+    """During a stop, or without memory for a thread, callers would otherwise wait for a thread that never comes."""
+
+    async def main() -> None:
+        pool = ThreadPoolExecutor(1)
+        searches, searcher = Searches(pool, 1), Recorder()
+        pool.shutdown()
+        handle = IndexHandle(searcher)
+        found = await asyncio.gather(
+            *(searches.search(handle, query(i), 3, first) for i in range(3)), return_exceptions=True
+        )
+        assert all(isinstance(one, RuntimeError) for one in found)
+        handle.release()
+        assert searcher.closed == 1
+        assert not searches._queues
+
+    asyncio.run(main())
 
 
 def test_the_version_stays_open_until_the_last_thread_is_done() -> None:
     """Callers that leave and a version that is replaced must not unmap the files under a search that runs."""
     searcher, running, go_on = Recorder(), threading.Event(), threading.Event()
 
-    def slow(_: DocumentSearcher, _rankings: Sequence[Ranking]) -> None:
+    def slow(_: DocumentSearcher, _rankings: Sequence[Ranking], _found: int) -> None:
         running.set()
         assert go_on.wait(10)
         assert not searcher.closed
@@ -172,29 +307,3 @@ def test_the_version_stays_open_until_the_last_thread_is_done() -> None:
 
     run(1, scenario)
     assert searcher.closed == 1
-
-
-def test_a_search_that_would_be_late_is_refused_before_it_gathers() -> None:
-    """Queued behind more than its deadline it would be searched for nobody."""
-    searcher = Recorder()
-
-    async def scenario(searches: Searches) -> None:
-        handle, busy = IndexHandle(searcher), threading.Event()
-
-        def slow(_: DocumentSearcher) -> None:
-            busy.set()
-            searcher.gate.wait(10)
-
-        await searches.run(handle, lambda _: searcher.gate.wait(0.05) and None, 1)
-        searcher.gate.clear()
-        running = asyncio.ensure_future(searches.run(handle, slow, 10_000))
-        await asyncio.to_thread(busy.wait, 10)
-        try:
-            with pytest.raises(OverloadedError, match="the index is busy"):
-                await searches.search(handle, query(0), 3, first, seconds=1e-6)
-        finally:
-            searcher.gate.set()
-        await running
-
-    run(1, scenario)
-    assert searcher.calls == []
