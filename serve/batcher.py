@@ -42,17 +42,36 @@ class Encoded:
     encode_ns: int
 
 
-@dataclass(frozen=True)
-class _Done:
-    vector: Vectors
-    started: int
-    ended: int
+@dataclass(eq=False)
+class _Request:
+    """The texts of one caller, of which ``left`` have no vector yet; times are those of its first and last batch."""
+
+    done: asyncio.Future[Encoded]
+    arrived: int
+    vectors: list[Vectors]
+    left: int
+    started: int = 0
+
+    def put(self, position: int, vector: Vectors, started: int, ended: int) -> None:
+        """Take a text's vector and answer the caller, if there still is one, after the last."""
+        self.vectors[position] = vector
+        self.started = self.started or started
+        self.left -= 1
+        if not self.left and not self.done.done():
+            queued, encoded = self.started - self.arrived, ended - self.started
+            self.done.set_result(Encoded(np.stack(self.vectors), queued, encoded))
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the caller, if there still is one."""
+        if not self.done.done():
+            self.done.set_exception(error)
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
     tokens: Tokens
-    done: asyncio.Future[_Done]
+    request: _Request
+    position: int
 
 
 class _Queue:
@@ -75,7 +94,7 @@ class _Queue:
     def drop_abandoned(self) -> int:
         """Drop the entries whose callers left and return how many they were."""
         before = len(self)
-        self._keep([entry for entry in self._entries if not entry.done.done()])
+        self._keep([entry for entry in self._entries if not entry.request.done.done()])
         return before - len(self)
 
     def take(self, texts: int, tokens: int) -> list[_Entry]:
@@ -98,8 +117,8 @@ class _Queue:
 class MicroBatcher:
     """One thread that encodes, fed by bounded queues on the event loop; of a queue the oldest entry goes next.
 
-    An entry whose caller was cancelled or ran out of time is one whose future is done: there is no
-    second bookkeeping of deadlines.
+    An entry whose caller was cancelled or ran out of time is one of a request that is done: there is no second
+    bookkeeping of deadlines.
     """
 
     def __init__(
@@ -138,14 +157,14 @@ class MicroBatcher:
         await self._worker
         for queue in self._queues.values():
             for entry in queue:
-                _fail(entry, NotReadyError(_STOPPING))
+                entry.request.fail(NotReadyError(_STOPPING))
         self._thread.shutdown()
 
     async def encode(self, rows: Sequence[Tokens], side: Side = "query", seconds: float | None = None) -> Encoded:
         """Encode token rows, together with whatever else waits.
 
         Args:
-            rows: Token ids of each text.
+            rows: Token ids of each text, at least one.
             side: Whether they are queries, which go first, or documents.
             seconds: How long the caller waits; None if for ever.
 
@@ -157,19 +176,12 @@ class MicroBatcher:
         if self._stopping:
             raise NotReadyError(_STOPPING)
         self._admit(rows, side, seconds)
-        arrived = time.perf_counter_ns()
-        loop = asyncio.get_running_loop()
-        entries = [_Entry(row, loop.create_future()) for row in rows]
-        self._queues[side].extend(entries)
+        done: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
+        request = _Request(done, time.perf_counter_ns(), [np.empty(0, np.float32)] * len(rows), len(rows))
+        self._queues[side].extend([_Entry(row, request, position) for position, row in enumerate(rows)])
         self._metrics.queued(self._texts, self._queued_tokens)
         self._arrival.set()
-        done = await asyncio.gather(*(entry.done for entry in entries))
-        started = min(one.started for one in done)
-        return Encoded(
-            vectors=np.stack([one.vector for one in done]),
-            queue_ns=started - arrived,
-            encode_ns=max(one.ended for one in done) - started,
-        )
+        return await done
 
     def _admit(self, rows: Sequence[Tokens], side: Side, seconds: float | None) -> None:
         """Refuse what does not fit or would be late; an idle encoder takes any request, or it could never learn."""
@@ -252,20 +264,14 @@ class MicroBatcher:
         error = running.exception()
         if error is not None:
             for entry in batch:
-                _fail(entry, error)
+                entry.request.fail(error)
             return
         for entry, vector in zip(batch, running.result(), strict=True):
-            if not entry.done.done():
-                entry.done.set_result(_Done(vector, started, ended))
+            entry.request.put(entry.position, vector, started, ended)
 
     def _learn(self, seconds: float, tokens: int) -> None:
         self._seconds_per_batch = moved(self._seconds_per_batch, seconds)
         self._seconds_per_token = moved(self._seconds_per_token, seconds / max(1, tokens))
-
-
-def _fail(entry: _Entry, error: BaseException) -> None:
-    if not entry.done.done():
-        entry.done.set_exception(error)
 
 
 def _tokens(entries: Iterable[_Entry]) -> int:
