@@ -42,6 +42,7 @@ BASELINE = "margin_mse"
 TEACHER, START = "all-MiniLM-L6-v2", "undistilled"
 BATCH = 32
 LARGEST_P = 0.05
+SHORTEST_TRAINING = 0.05
 RESULTS = Path(__file__).parent / "results" / "methods"
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 NEEDS = {
@@ -127,10 +128,9 @@ def measured(name: str, arguments: argparse.Namespace, collections: Sequence[Col
             _ = stage.candidates, stage.teacher_scores if stage.needs_teacher else None
         used = time.process_time()
         query_encoder = TorchEncoder.open(workspace.last.folder)
-        cost = {
-            "cpu_minutes": (time.process_time() - used) / 60,
-            **texts_seen(workspace.training),
-        }
+        minutes = (time.process_time() - used) / 60
+        # A training found by its fingerprint, because another method came to the same one, says nothing of its cost.
+        cost = texts_seen(workspace.training) | ({"cpu_minutes": minutes} if minutes >= SHORTEST_TRAINING else {})
     documents = document_encoder(workspace, query_encoder)
     return {
         "name": name,
