@@ -208,15 +208,17 @@ def test_who_left_is_not_searched_for(busy: bool) -> None:
     assert searcher.calls == [(2, 3)]
 
 
-def test_nobody_is_left_of_those_who_waited() -> None:
-    """The thread's job comes to an empty queue, which must not keep its version for ever."""
+@pytest.mark.parametrize("passes", [1, 2, 5])
+def test_nobody_is_left_of_those_who_waited(passes: int) -> None:
+    """A queue that all have left, before a job was sent or before a thread came, must not keep its version open."""
     searcher = Recorder()
 
     async def scenario(searches: Searches) -> None:
         handle = IndexHandle(searcher)
         go_on, jobs = await occupied(searches)
         tasks = [asyncio.ensure_future(searches.search(handle, query(i), 3, first)) for i in range(4)]
-        await asyncio.sleep(0.01)
+        for _ in range(passes):
+            await asyncio.sleep(0)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
