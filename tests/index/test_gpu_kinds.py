@@ -191,3 +191,19 @@ def test_a_graph_of_too_few_documents_is_refused(tmp_path: Path) -> None:
     """The graph that CAGRA prunes has four links for each neighbour, and a node cannot be linked with itself."""
     with pytest.raises(DataError, match="8 neighbours needs more than 32 documents, there are 32; use gpu-exact"):
         build_index(corpus(clustered(1, 32, 8)), SPECS["gpu-cagra"], tmp_path)
+
+
+def test_what_a_walk_does_not_find_is_no_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In the place of what it has not found a walk names the last number there is, a row beyond the vectors."""
+
+    class Lost(OnGpu):
+        def search(self, queries: np.ndarray, width: int, params: Any = None) -> tuple[np.ndarray, np.ndarray]:
+            scores, rows = super().search(queries, width, params)
+            rows[:, 2:] = NOT_FOUND
+            return scores, rows
+
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", Lost)
+    build_index(BASE, SPECS["gpu-cagra"], tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        found = [list(ranking.doc_ids) for ranking in searcher.search(ASKED, 10)]
+    assert found == [brute_force(BASE, query, 10) for query in ASKED]
