@@ -93,13 +93,19 @@ class StoredVectors:
         for start in range(0, self.count, BLOCK_ROWS):
             yield self.rows(slice(start, start + BLOCK_ROWS))
 
-    def dots(self, query: Vectors, rows: Rows) -> Scores:
-        """Return float32 ``[len(rows)]``: the rows' products with a query, summed in float64 by numpy, row by row."""
+    def dots(self, queries: Vectors, of_query: Rows, rows: Rows) -> Scores:
+        """Return float32 ``[len(rows)]``: each row's product with its query, summed in float64 by numpy, row by row.
+
+        Args:
+            queries: float32 ``[n, d]``.
+            of_query: int64 ``[len(rows)]``, which query each row is multiplied with.
+            rows: int64 ``[len(rows)]``.
+        """
         scores = np.empty(len(rows), dtype=np.float32)
         for start in range(0, len(rows), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
             products = self.rows(rows[part]).astype(np.float64)
-            products *= query
+            products *= queries[of_query[part]]
             scores[part] = products.sum(axis=1)
         return scores
 
@@ -136,7 +142,7 @@ class StoredVectors:
             longest: Length of the longest stored vector.
         """
         terms = (self.dimension + 2 + (0 if self.scales is None else _DECODING)) * _UNIT_ROUNDOFF
-        norms = np.sqrt(np.einsum("ij,ij->i", queries, queries).astype(np.float64))
+        norms = np.sqrt(np.vecdot(queries, queries).astype(np.float64))
         # 1.01 also covers the rounding of the norms, which are sums of float32 themselves.
         factor = 1.01 * terms / (1 - terms) * max(longest, self._longest_parts)
         bound: npt.NDArray[np.float64] = factor * norms + self.dimension * _SMALLEST_NORMAL
