@@ -69,7 +69,9 @@ class DocumentIds:
         return str(self._text[self._ends[row] : self._ends[row + 1]], "utf-8")
 
     def at(self, rows: Rows) -> list[str]:
-        """Return the ids of rows, none of them below 0."""
+        """Return the ids of rows."""
+        if rows.min(initial=0) < 0:
+            raise IndexError(rows.min())
         spans = zip(self._ends[rows].tolist(), self._ends[rows + 1].tolist(), strict=True)
         return [str(self._text[start:end], "utf-8") for start, end in spans]
 
