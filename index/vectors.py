@@ -24,6 +24,7 @@ from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.corpus import VECTORS
 from retrieval_kd.errors import ArtifactError, DataError
+from retrieval_kd.pages import forget_pages
 from retrieval_kd.runs import Scores
 
 Rows = npt.NDArray[np.int64]
@@ -88,10 +89,11 @@ class StoredVectors:
         steps += least
         return steps
 
-    def blocks(self) -> Iterator[Vectors]:
-        """Return all rows, a block at a time."""
-        for start in range(0, self.count, BLOCK_ROWS):
-            yield self.rows(slice(start, start + BLOCK_ROWS))
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[Vectors]:
+        """Yield all rows, ``size`` at a time, of which none stays in memory."""
+        for start in range(0, self.count, size):
+            yield self.rows(slice(start, start + size))
+            forget_pages(self.array)
 
     def dots(self, queries: Vectors, of_query: Rows, rows: Rows) -> Scores:
         """Return float32 ``[len(rows)]``: each row's product with its query, summed in float64 by numpy, row by row.
