@@ -27,6 +27,7 @@ from retrieval_kd.encoders.card import EncoderCard, require_same_space
 from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import DataError, did_you_mean
+from retrieval_kd.pages import forget_pages
 from retrieval_kd.recipes.schema import IndexSpec
 
 
@@ -218,6 +219,7 @@ def _require_finite(corpus: EncodedCorpus) -> None:
         if not finite.all():
             row = start + int(np.argmin(finite))
             raise DataError(f"document {corpus.ids[row]!r}: its vector is not finite; encode the corpus again")
+        forget_pages(corpus.vectors)
 
 
 def _field_types(

@@ -16,7 +16,7 @@ from index.ids import DocumentIds
 from index.manifest import IndexContent
 from index.scoring import Scored, Scorer
 from index.updates import Update
-from index.vectors import StoredVectors
+from index.vectors import Rows, StoredVectors
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.matryoshka import truncated
 
@@ -56,13 +56,17 @@ class Delta:
             mask = np.ones(content.count, dtype=bool)
             mask[hidden] = False
             base = Selection(mask)
+
+        def ids_at(rows: Rows) -> list[str]:
+            return [whole.doc_ids[row] for row in rows.tolist()]
+
         return cls(
             rows={doc_id: row for row, doc_id in enumerate(whole.doc_ids)},
             fields=whole.fields,
             touched=touched,
             base=base,
             hidden=len(hidden),
-            scorer=Scorer(StoredVectors(stored, "float32"), longest, whole.doc_ids.__getitem__),
+            scorer=Scorer(StoredVectors(stored, "float32"), longest, ids_at),
             batch=record_batch(whole.fields, content.fields) if content.fields else pa.record_batch({}),
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from index.vectors import Rows
 from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.collections.files import checked_id
 from retrieval_kd.errors import ArtifactError, DataError
@@ -66,6 +67,13 @@ class DocumentIds:
         if row < 0:
             raise IndexError(row)
         return str(self._text[self._ends[row] : self._ends[row + 1]], "utf-8")
+
+    def at(self, rows: Rows) -> list[str]:
+        """Return the ids of rows."""
+        if rows.min(initial=0) < 0:
+            raise IndexError(rows.min())
+        spans = zip(self._ends[rows].tolist(), self._ends[rows + 1].tolist(), strict=True)
+        return [str(self._text[start:end], "utf-8") for start, end in spans]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._column.to_pylist())

@@ -28,10 +28,11 @@ import numpy as np
 from index import gpu
 from index.ann import Selection, faiss
 from index.threads import faiss_threads
-from index.vectors import Rows, StoredVectors
+from index.vectors import BLOCK_ROWS, Rows, StoredVectors
 from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.errors import ArtifactError, DataError
+from retrieval_kd.pages import forget_pages
 from retrieval_kd.progress import progress
 from retrieval_kd.recipes.schema import IndexSpec
 from retrieval_kd.runs import Scores
@@ -124,8 +125,7 @@ def _filled(vectors: StoredVectors, spec: IndexSpec) -> Any:
         index.train(_sample(vectors, max(_TRAINED_ON, _POINTS_PER_LIST * spec.lists)))
     threads = 1 if spec.kind in _HNSW else faiss.omp_get_max_threads()
     with faiss_threads(threads), progress(f"build {spec.kind}", vectors.count, "documents") as advance:
-        for start in range(0, vectors.count, _ADDED_AT_ONCE):
-            block = vectors.rows(slice(start, start + _ADDED_AT_ONCE))
+        for block in vectors.blocks(_ADDED_AT_ONCE):
             index.add(block)
             advance(len(block))
     return index
@@ -265,7 +265,13 @@ def _sub_vectors(dimension: int) -> int:
 
 def _sample(vectors: StoredVectors, wanted: int) -> Vectors:
     """Return evenly spaced rows; their order is that of the ids."""
-    return vectors.rows(np.linspace(0, vectors.count - 1, min(vectors.count, wanted)).astype(np.int64))
+    rows = np.linspace(0, vectors.count - 1, min(vectors.count, wanted)).astype(np.int64)
+    sample = np.empty((len(rows), vectors.dimension), dtype=np.float32)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        part = slice(start, start + BLOCK_ROWS)
+        sample[part] = vectors.rows(rows[part])
+        forget_pages(vectors.array)
+    return sample
 
 
 def _mapped(path: Path, flags: int) -> Any:

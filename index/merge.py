@@ -14,6 +14,7 @@ from retrieval_kd.artifacts import fingerprint
 from retrieval_kd.collections.base import Collection
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.pages import forget_pages
 
 NO_UPDATE = Update((), np.empty((0, 0), dtype=np.float32), ())
 
@@ -47,13 +48,14 @@ class MergedCorpus:
         return fingerprint([own[0], body]), fingerprint([own[1], body])
 
     def rows(self, rows: Rows | slice) -> Vectors:
-        """Return float32 ``[len(rows), d]``."""
+        """Return float32 ``[len(rows), d]``; nothing else of the corpus stays in memory."""
         places = self._places[rows]
         vectors = np.empty((len(places), self._corpus.card.dimension), dtype=np.float32)
         old = places >= 0
         vectors[old] = self._corpus.vectors[places[old]]
         if not old.all():
             vectors[~old] = self._update.vectors[-1 - places[~old]]
+        forget_pages(self._corpus.vectors)
         return vectors
 
     def blocks(self) -> Iterator[Vectors]:

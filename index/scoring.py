@@ -19,7 +19,6 @@ from retrieval_kd.runs import Ranking, Scores, rank
 
 _BLOCK_ROWS = 16384
 _QUERIES_AT_ONCE = 64
-_ROUNDING = 2.0**-23
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,12 @@ class Scorer:
     Attributes:
         vectors: Their vectors.
         longest: Length of the longest.
-        doc_id: The id of a row.
+        doc_ids: The ids of rows.
     """
 
     vectors: StoredVectors
     longest: float
-    doc_id: Callable[[int], str]
+    doc_ids: Callable[[Rows], list[str]]
 
     def best(self, queries: Vectors, scores: Scores, rows: Rows, k: int) -> list[Scored]:
         """Return each query's best ``k``, given float32 scores of candidates.
@@ -74,17 +73,14 @@ class Scorer:
             rows: int64 ``[n, width]``, the candidates; below 0 for none.
             k: How many are wanted, at most ``width``.
         """
-        bounds = self.vectors.error_bound(queries, self.longest).tolist()
-        parts = zip(queries, scores, rows, bounds, strict=True)
-        return [self._best(query, some, theirs, k, bound) for query, some, theirs, bound in parts]
-
-    def _best(self, query: Vectors, scores: Scores, rows: Rows, k: int, bound: float) -> Scored:
-        kth = float(np.partition(scores, -k)[-k])
-        # The last term is for the rounding of the floor itself to float32.
-        kept = rows[(scores >= kth - 2 * bound - abs(kth) * _ROUNDING).nonzero()]
-        if kept.min(initial=0) < 0:
-            kept = kept[kept >= 0]
-        return Scored([self.doc_id(row) for row in kept.tolist()], self.vectors.dots(query, kept))
+        kth = np.partition(scores, -k, axis=1)[:, -k]
+        floors = kth - 2 * self.vectors.error_bound(queries, self.longest)
+        kept = (scores >= floors[:, np.newaxis]) & (rows >= 0)
+        of_query, columns = kept.nonzero()
+        found = rows[of_query, columns]
+        doc_ids, exact = self.doc_ids(found), self.vectors.dots(queries, of_query, found)
+        ends = itertools.accumulate(np.count_nonzero(kept, axis=1).tolist(), initial=0)
+        return [Scored(doc_ids[start:end], exact[start:end]) for start, end in itertools.pairwise(ends)]
 
     def outright(self, queries: Vectors, selected: Rows, k: int) -> Iterator[Scored]:
         """Yield each query's best ``k`` of the selected rows, all of which are scored."""

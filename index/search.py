@@ -60,7 +60,7 @@ class Opened:
         self.ids = DocumentIds.open(folder / IDS)
         self.documents = StoredDocuments.open(folder) if content.fields else None
         vectors = StoredVectors.open(folder, content.index.storage)
-        self._scorer = Scorer(vectors, content.largest_norm, self.ids.__getitem__)
+        self._scorer = Scorer(vectors, content.largest_norm, self.ids.at)
         self._proposer = Proposer.open(folder, vectors, content.index)
         shapes = [(len(self.ids), content.dimension), vectors.array.shape]
         if self.documents is not None:

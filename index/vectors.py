@@ -24,6 +24,7 @@ from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.corpus import VECTORS
 from retrieval_kd.errors import ArtifactError, DataError
+from retrieval_kd.pages import forget_pages
 from retrieval_kd.runs import Scores
 
 Rows = npt.NDArray[np.int64]
@@ -88,18 +89,25 @@ class StoredVectors:
         steps += least
         return steps
 
-    def blocks(self) -> Iterator[Vectors]:
-        """Return all rows, a block at a time."""
-        for start in range(0, self.count, BLOCK_ROWS):
-            yield self.rows(slice(start, start + BLOCK_ROWS))
+    def blocks(self, size: int = BLOCK_ROWS) -> Iterator[Vectors]:
+        """Yield all rows, ``size`` at a time, of which none stays in memory."""
+        for start in range(0, self.count, size):
+            yield self.rows(slice(start, start + size))
+            forget_pages(self.array)
 
-    def dots(self, query: Vectors, rows: Rows) -> Scores:
-        """Return float32 ``[len(rows)]``: the rows' products with a query, summed in float64 by numpy, row by row."""
+    def dots(self, queries: Vectors, of_query: Rows, rows: Rows) -> Scores:
+        """Return float32 ``[len(rows)]``: each row's product with its query, summed in float64 by numpy, row by row.
+
+        Args:
+            queries: float32 ``[n, d]``.
+            of_query: int64 ``[len(rows)]``, which query each row is multiplied with.
+            rows: int64 ``[len(rows)]``.
+        """
         scores = np.empty(len(rows), dtype=np.float32)
         for start in range(0, len(rows), BLOCK_ROWS):
             part = slice(start, start + BLOCK_ROWS)
             products = self.rows(rows[part]).astype(np.float64)
-            products *= query
+            products *= queries[of_query[part]]
             scores[part] = products.sum(axis=1)
         return scores
 
@@ -136,7 +144,7 @@ class StoredVectors:
             longest: Length of the longest stored vector.
         """
         terms = (self.dimension + 2 + (0 if self.scales is None else _DECODING)) * _UNIT_ROUNDOFF
-        norms = np.sqrt(np.einsum("ij,ij->i", queries, queries).astype(np.float64))
+        norms = np.sqrt(np.vecdot(queries, queries).astype(np.float64))
         # 1.01 also covers the rounding of the norms, which are sums of float32 themselves.
         factor = 1.01 * terms / (1 - terms) * max(longest, self._longest_parts)
         bound: npt.NDArray[np.float64] = factor * norms + self.dimension * _SMALLEST_NORMAL

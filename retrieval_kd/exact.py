@@ -9,7 +9,6 @@ or many, small blocks or large, the ranking and its scores are the same bits.
 from __future__ import annotations
 
 import itertools
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,11 +17,11 @@ import numpy.typing as npt
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.errors import DataError
+from retrieval_kd.pages import forget_pages
 from retrieval_kd.progress import progress
 from retrieval_kd.runs import Ranking, Scores, rank
 
 _QUERY_ROWS = 1024
-_RESIDENT_BYTES = 1 << 28
 _DOT_ROWS = 128  # the products of so many rows stay in a core's cache
 _UNIT_ROUNDOFF = 2.0**-24
 _SMALLEST_NORMAL = 2.0**-126
@@ -68,7 +67,7 @@ def exact_search(
                     hits = _proposals(scores, float(slack[row]), best[row].floor(k), k)
                     if len(hits):
                         best[row].add(start + hits, _dot(block, hits, exact_queries[row]), order, k)
-                _forget_pages(corpus.vectors)
+                forget_pages(corpus.vectors)
                 advance(len(block))
             for query_id, found in zip(query_ids[first : first + _QUERY_ROWS], best, strict=True):
                 run[query_id] = rank([corpus.ids[row] for row in found.rows.tolist()], found.scores)
@@ -102,13 +101,6 @@ def _id_order(ids: Sequence[str]) -> npt.NDArray[np.int64] | None:
     order = np.empty(len(ids), dtype=np.int64)
     order[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
     return order
-
-
-def _forget_pages(vectors: Vectors) -> None:
-    """Let go of the pages read from a large mapped file; the system keeps them cached as long as it likes."""
-    mapped = getattr(vectors, "_mmap", None)
-    if mapped is not None and vectors.nbytes > _RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _check(query_ids: Sequence[str], query_vectors: Vectors, corpus: EncodedCorpus, k: int, block_rows: int) -> None:

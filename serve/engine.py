@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import numpy as np
 
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side
+from retrieval_kd.errors import ServeError
 from serve.batcher import Encoded, MicroBatcher
 from serve.errors import NotReadyError
 from serve.indexes import IndexHost, IndexSource, StoreSource
@@ -70,6 +72,7 @@ class Engine:
         self.metrics = metrics or Metrics()
         self.index = IndexHost(source, encoder.card, self.metrics)
         self._limits = limits
+        self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
         self.searches = Searches(self._pool, threads)
         self._reranking = RerankQueue()
@@ -116,10 +119,12 @@ class Engine:
         Raises:
             ArtifactError: the index is missing or torn, or fails its own test.
             EncoderMismatch: the encoder's vectors do not lie in the index's space.
+            ServeError: the machine does not start as many threads.
         """
         self._exit.callback(self._pool.shutdown)
         self._exit.callback(self._reranking.close)
         try:
+            _start_all(self._pool, self._threads)
             await self.index.follow()
             self._exit.callback(self.index.close)
             self._batcher = await self._exit.enter_async_context(
@@ -214,3 +219,20 @@ class EngineSlot:
     def put(self, engine: Engine) -> None:
         """Let every request from now on use ``engine``."""
         self._engine = engine
+
+
+def _start_all(pool: ThreadPoolExecutor, threads: int) -> None:
+    """Start a pool's threads now, not when a request needs one.
+
+    A pool that cannot start a thread for some work raises, and yet does the work later, when the index version that it
+    reads may be unmapped.
+    """
+    meeting = threading.Barrier(threads)
+    try:
+        for _ in range(threads):
+            pool.submit(meeting.wait)
+    except RuntimeError as error:
+        meeting.abort()
+        raise ServeError(
+            f"cannot start {threads} threads ({error}); lower --threads or raise the machine's limit"
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -23,6 +24,8 @@ def test_every_row_gives_its_id(tmp_path_factory: pytest.TempPathFactory, ids: s
     opened = DocumentIds.open(path)
     assert [opened[row] for row in range(len(opened))] == list(opened) == sorted(ids)
     assert opened.rows(sorted(ids)) == list(range(len(ids)))
+    assert opened.at(np.arange(len(ids))[::-1]) == sorted(ids)[::-1]
+    assert opened.at(np.arange(0)) == []
 
 
 @pytest.mark.parametrize("row", [-1, 2])
@@ -31,6 +34,8 @@ def test_a_row_that_is_not_there_has_no_id(tmp_path: Path, row: int) -> None:
     write_ids(tmp_path / IDS, ["a", "b"])
     with pytest.raises(IndexError):
         DocumentIds.open(tmp_path / IDS)[row]
+    with pytest.raises(IndexError):
+        DocumentIds.open(tmp_path / IDS).at(np.array([0, row]))
 
 
 def test_a_file_of_other_columns_is_refused(tmp_path: Path) -> None:

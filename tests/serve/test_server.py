@@ -511,3 +511,39 @@ def test_a_taken_port_is_one_clear_error(server: Running, loop: asyncio.Abstract
     second = asyncio.run_coroutine_threadsafe(serve(load, asyncio.Event(), config_of(server.port)), loop)
     with pytest.raises(ServeError, match=f"cannot listen on 127.0.0.1:{server.port}: the port is taken"):
         second.result(20)
+
+
+def search_threads() -> int:
+    return sum(thread.name.startswith("search_") for thread in threading.enumerate())
+
+
+def test_the_search_threads_are_there_before_the_first_request() -> None:
+    """A thread that the pool cannot start when a request comes leaves work behind that is done on unmapped files."""
+
+    async def entered() -> int:
+        async with Engine(FakeEncoder(), FakeSource(FakeSearcher()), Limits(), 3):
+            return search_threads() - before
+
+    before = search_threads()
+    assert asyncio.run(entered()) == 3
+    assert search_threads() == before
+
+
+def test_a_machine_that_starts_no_more_threads_is_said_so_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were started would wait for the others for ever, and the server with them."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "search_2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def entered() -> None:
+        async with Engine(FakeEncoder(), FakeSource(FakeSearcher()), Limits(), 3):
+            pytest.fail("the engine has a thread too few")
+
+    before = search_threads()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(ServeError, match=r"cannot start 3 threads \(can't start new thread\); lower --threads"):
+        asyncio.run(asyncio.wait_for(entered(), 20))
+    assert search_threads() == before
