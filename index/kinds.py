@@ -49,7 +49,8 @@ _SCANS = ("exact", "gpu-exact")
 _TRAINED_ON = 65536
 _CENTROIDS = 16
 _POINTS_PER_LIST = 39
-# faiss sums the distances of twenty queries or more by BLAS, in an order that depends on how many they are.
+# faiss sums the distances of twenty queries or more by BLAS, in an order that depends on how many they are; those of
+# scanned codes it adds up by itself.
 _QUERIES_AT_ONCE = 16
 _SPARE = 1.2
 _TIES = 32
@@ -201,10 +202,11 @@ class Proposer:
             width = math.ceil(_SPARE * width / share)
         width = min(width, self._vectors.count, self.most)
         parameters = self._parameters(effort, width, share, chosen)
+        at_once = len(queries) if self._spec.kind == "fastscan" else _QUERIES_AT_ONCE
         with self._turn:
             found = [
-                self._index.search(queries[start : start + _QUERIES_AT_ONCE], width, params=parameters)
-                for start in range(0, len(queries), _QUERIES_AT_ONCE)
+                self._index.search(queries[start : start + at_once], width, params=parameters)
+                for start in range(0, len(queries), at_once)
             ]
         scores, rows = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
         if self._spec.kind == "gpu-cagra":

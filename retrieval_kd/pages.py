@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_RESIDENT_BYTES = 1 << 28
+_RESIDENT_BYTES = 1 << 26
 
 
 def forget_pages(array: npt.NDArray[Any]) -> None:
     """Let go of the pages read from a large mapped file; the system keeps them cached as long as it likes.
 
     Nothing is lost: what is read again comes from that cache, or from the file. An array that is not mapped, or a file
-    below 256 MiB, stays as it is.
+    below 64 MiB, stays as it is.
     """
     owner: Any = array
     while isinstance(owner, np.ndarray):
