@@ -182,7 +182,7 @@ def budget(recipe: Recipe, arguments: argparse.Namespace) -> list[str]:
     overrides.append(f"candidates.negatives={min(recipe.candidates.negatives, arguments.negatives)}")
     if recipe.teacher.compress is not None:
         negatives = min(recipe.teacher.compress.negatives, arguments.negatives)
-        overrides.append(f"teacher.compress.negatives={negatives}")
+        overrides += [f"teacher.compress.queries={arguments.queries}", f"teacher.compress.negatives={negatives}"]
     share = arguments.passes / len(recipe.training)
     for i, stage in enumerate(recipe.training):
         of = f"stages.{i}." if recipe.stages else ""

@@ -57,11 +57,13 @@ class Delta:
             mask[hidden] = False
             base = Selection(mask)
 
+        doc_ids = whole.doc_ids
+
         def ids_at(rows: Rows) -> list[str]:
-            return [whole.doc_ids[row] for row in rows.tolist()]
+            return [doc_ids[row] for row in rows.tolist()]
 
         return cls(
-            rows={doc_id: row for row, doc_id in enumerate(whole.doc_ids)},
+            rows={doc_id: row for row, doc_id in enumerate(doc_ids)},
             fields=whole.fields,
             touched=touched,
             base=base,

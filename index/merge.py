@@ -48,7 +48,7 @@ class MergedCorpus:
         return fingerprint([own[0], body]), fingerprint([own[1], body])
 
     def rows(self, rows: Rows | slice) -> Vectors:
-        """Return float32 ``[len(rows), d]``; nothing else of the corpus stays in memory."""
+        """Return float32 ``[len(rows), d]``; the pages of a large mapped corpus are let go again."""
         places = self._places[rows]
         vectors = np.empty((len(places), self._corpus.card.dimension), dtype=np.float32)
         old = places >= 0

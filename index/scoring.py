@@ -73,6 +73,10 @@ class Scorer:
             rows: int64 ``[n, width]``, the candidates; below 0 for none.
             k: How many are wanted, at most ``width``.
         """
+        parts = [slice(start, start + _QUERIES_AT_ONCE) for start in range(0, len(queries), _QUERIES_AT_ONCE)]
+        return [scored for part in parts for scored in self._best(queries[part], scores[part], rows[part], k)]
+
+    def _best(self, queries: Vectors, scores: Scores, rows: Rows, k: int) -> list[Scored]:
         kth = np.partition(scores, -k, axis=1)[:, -k]
         floors = kth - 2 * self.vectors.error_bound(queries, self.longest)
         kept = (scores >= floors[:, np.newaxis]) & (rows >= 0)

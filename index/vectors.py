@@ -31,6 +31,7 @@ Rows = npt.NDArray[np.int64]
 Storage = Literal["float32", "float16", "sq8"]
 SCALES = "scales.npy"
 BLOCK_ROWS = 4096
+_DOT_ROWS = 512  # their products stay in a core's cache
 
 _DTYPES = {"float32": "<f4", "float16": "<f2", "sq8": "|u1"}
 _STEPS = 255
@@ -90,7 +91,7 @@ class StoredVectors:
         return steps
 
     def blocks(self, size: int = BLOCK_ROWS) -> Iterator[Vectors]:
-        """Yield all rows, ``size`` at a time, of which none stays in memory."""
+        """Yield all rows, ``size`` at a time; the pages of a large mapped file are let go after each block."""
         for start in range(0, self.count, size):
             yield self.rows(slice(start, start + size))
             forget_pages(self.array)
@@ -104,8 +105,8 @@ class StoredVectors:
             rows: int64 ``[len(rows)]``.
         """
         scores = np.empty(len(rows), dtype=np.float32)
-        for start in range(0, len(rows), BLOCK_ROWS):
-            part = slice(start, start + BLOCK_ROWS)
+        for start in range(0, len(rows), _DOT_ROWS):
+            part = slice(start, start + _DOT_ROWS)
             products = self.rows(rows[part]).astype(np.float64)
             products *= queries[of_query[part]]
             scores[part] = products.sum(axis=1)
@@ -144,8 +145,8 @@ class StoredVectors:
             longest: Length of the longest stored vector.
         """
         terms = (self.dimension + 2 + (0 if self.scales is None else _DECODING)) * _UNIT_ROUNDOFF
-        norms = np.sqrt(np.vecdot(queries, queries).astype(np.float64))
-        # 1.01 also covers the rounding of the norms, which are sums of float32 themselves.
+        norms = np.sqrt(np.vecdot(queries, queries, dtype=np.float64))
+        # 1.01 also covers the rounding of the norms.
         factor = 1.01 * terms / (1 - terms) * max(longest, self._longest_parts)
         bound: npt.NDArray[np.float64] = factor * norms + self.dimension * _SMALLEST_NORMAL
         return bound

@@ -133,7 +133,8 @@ def _error_bound(queries: Vectors, block: Vectors, ids: Sequence[str]) -> npt.ND
         worst = ids[int(np.argmin(np.isfinite(squares)))]
         raise DataError(f"exact search: the vector of document {worst!r} is not finite; encode the corpus again")
     terms = (block.shape[1] + 2) * _UNIT_ROUNDOFF
-    longest = np.sqrt(float(squares.max()))
+    # A square that underflows is lost whole, too.
+    longest = np.sqrt(float(squares.max()) + block.shape[1] * _SMALLEST_NORMAL)
     norms = np.linalg.norm(queries.astype(np.float64), axis=1)
     bound: npt.NDArray[np.float64] = 1.01 * terms / (1 - terms) * norms * longest + block.shape[1] * _SMALLEST_NORMAL
     return bound

@@ -231,8 +231,10 @@ def _start_all(pool: ThreadPoolExecutor, threads: int) -> None:
     try:
         for _ in range(threads):
             pool.submit(meeting.wait)
-    except RuntimeError as error:
+    except BaseException as error:
         meeting.abort()
+        if not isinstance(error, RuntimeError):
+            raise
         raise ServeError(
             f"cannot start {threads} threads ({error}); lower --threads or raise the machine's limit"
         ) from None

@@ -62,6 +62,16 @@ def test_a_small_file_and_plain_memory_stay_as_they_are(mapped: Any) -> None:
     assert float(held.sum()) == before
 
 
+def test_numbers_changed_in_memory_alone_are_kept(mapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors that a caller normalised in place, over a file, would be what the file says again."""
+    monkeypatch.setattr(pages, "_RESIDENT_BYTES", 0)
+    changed = np.load(mapped.filename, mmap_mode="c")
+    changed *= 2
+    expected = np.array(changed)
+    forget_pages(changed)
+    np.testing.assert_array_equal(changed, expected)
+
+
 @pytest.mark.parametrize("kind", ["exact", "fastscan", "ivf-pq", "hnsw-sq8"])
 def test_a_build_holds_neither_the_corpus_nor_its_copy(
     tmp_path: Path, mapped: Any, monkeypatch: pytest.MonkeyPatch, kind: Any

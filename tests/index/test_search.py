@@ -90,6 +90,21 @@ def test_near_ties_below_float32_sums(tmp_path: Path, monkeypatch: pytest.Monkey
         assert same(ranking, found.search(query[None], 5)[0])
 
 
+def test_queries_and_documents_whose_squares_underflow(tmp_path: Path) -> None:
+    """Their length would count as 0 in float32 and the bound with it, and a document be lost to another's rounding."""
+    rng = np.random.default_rng(3)
+    base = rng.normal(size=384)
+    documents = corpus(base + rng.normal(size=(300, 384)) * 1e-7)
+    asked = (clustered(5, 20, 384) + base / np.linalg.norm(base)).astype(np.float32) * np.float32(1e-25)
+    found = searcher(documents, EXACT, tmp_path)
+    for query, ranking in zip(asked, found.search(asked, 5), strict=True):
+        assert list(ranking.doc_ids) == brute_force(documents, query, 5)
+    enormous = asked * np.float32(1e25) * np.float32(1e20)
+    assert [ranking.doc_ids for ranking in found.search(enormous, 5)] == [
+        tuple(brute_force(documents, query, 5)) for query in enormous
+    ]
+
+
 def test_alone_in_a_batch_and_in_threads_is_bit_for_bit_the_same(opened: Searcher) -> None:
     """A cached or batched answer that differs from a lone one makes every comparison meaningless."""
     asked = clustered(2, 64, 32)
