@@ -90,6 +90,16 @@ def test_near_ties_are_ordered_by_the_exact_score_not_the_product() -> None:
         assert same(exact_search(["q"], base[None], corpus, 20, block_rows=block)["q"], naive(base, corpus, 20))
 
 
+def test_near_ties_among_documents_whose_squares_underflow() -> None:
+    """The longest of them would count as 0 long, and nothing that the product rounded down be scored again."""
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal(384)
+    near = ((base + rng.standard_normal((300, 384)) * 1e-7) * 1e-25).astype(np.float32)
+    asked = (base + rng.standard_normal((20, 384))).astype(np.float32)
+    run = exact_search([f"q{i:02d}" for i in range(20)], asked, corpus_of(near), 5)
+    assert all(same(run[f"q{i:02d}"], naive(asked[i], corpus_of(near), 5)) for i in range(20))
+
+
 def test_boundary_ties_keep_the_smallest_ids() -> None:
     """Equal vectors at rank k: the ids decide, not where the block ended."""
     corpus = corpus_of(np.ones((50, 4), dtype=np.float32), [f"d{49 - i:02d}" for i in range(50)])
