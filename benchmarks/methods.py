@@ -287,7 +287,7 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
     collections = " and ".join(f"{name} ({len(one['values']):,})" for name, one in first["collections"].items())
     setup = first["budget"]
     if first["overrides"]:
-        yield f"With {', '.join(f'`--set {one}`' for one in first['overrides'])}."
+        yield f"With {_overrides(first)}."
     if setup:
         yield (
             f"Budget: {setup['passes']:,} query texts for each method, repeats and extra texts counted, from "
@@ -302,6 +302,9 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
         f"{MEASURE} on the {SPLIT} split of {collections} queries{seen}. In brackets the share of {TEACHER}'s value "
         f"and the 95 % bootstrap interval of the difference from it."
     )
+    for one in trained:
+        if one["overrides"] != first["overrides"]:
+            yield f"{one['name']}: with {_overrides(one)}."
     if BASELINE in of_label:
         yield (
             f"Bold: differs from {BASELINE} there (paired randomisation test, Holm-corrected over the methods, "
@@ -310,6 +313,10 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
         absent = sorted(set(shipped_recipes()) - set(of_label) - {"demo"})
         if absent:
             yield f"Without a result under this budget: {', '.join(absent)}."
+
+
+def _overrides(one: Result) -> str:
+    return ", ".join(f"`--set {override}`" for override in one["overrides"])
 
 
 def _rows(of_label: Mapping[str, Result]) -> Iterator[str]:
