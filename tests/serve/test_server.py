@@ -542,8 +542,25 @@ def test_a_machine_that_starts_no_more_threads_is_said_so_at_the_start(monkeypat
         async with Engine(FakeEncoder(), FakeSource(FakeSearcher()), Limits(), 3):
             pytest.fail("the engine has a thread too few")
 
-    before = search_threads()
+    meetings: list[threading.Barrier] = []
+    rescued = threading.Event()
+
+    class Meeting(threading.Barrier):
+        def __init__(self, parties: int) -> None:
+            super().__init__(parties)
+            meetings.append(self)
+
+    def rescue() -> None:
+        rescued.set()
+        for meeting in meetings:
+            meeting.abort()
+
+    before, watch = search_threads(), threading.Timer(10, rescue)
+    watch.start()
+    monkeypatch.setattr(threading, "Barrier", Meeting)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(ServeError, match=r"cannot start 3 threads \(can't start new thread\); lower --threads"):
-        asyncio.run(asyncio.wait_for(entered(), 20))
+        asyncio.run(entered())
+    watch.cancel()
+    assert not rescued.is_set(), "the threads that were started waited for the others"
     assert search_threads() == before
