@@ -125,12 +125,15 @@ class Spec:
         config: The resolved configuration, JSON-serialisable; everything that changes the output.
         inputs: Name of each input to its fingerprint.
         seed: The seed of every draw the stage makes.
+        asked: What a person asked for, plain JSON values: no part of the identity, but what an unfinished folder is
+            told by. The configuration, where a stage gives nothing else.
     """
 
     stage: str
     config: Mapping[str, Any]
     inputs: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -271,6 +274,15 @@ def config_of(folder: Path) -> Mapping[str, Any] | None:
     return None
 
 
+def asked_of(plan: Path) -> Mapping[str, Any]:
+    """Return what was asked for when an unfinished folder was begun; nothing where its plan is torn or older."""
+    with contextlib.suppress(ArtifactError, AttributeError):
+        asked = read_json(plan).get("asked")
+        if isinstance(asked, dict):
+            return asked
+    return {}
+
+
 def producers() -> dict[str, str]:
     """Return the versions of everything installed here that can change an artifact's bytes."""
     versions = {"retrieval-kd": __version__, "python": platform.python_version()}
@@ -310,7 +322,8 @@ def _prepare(folder: Path, spec: Spec) -> None:
         return
     # The manifest goes first: from here on the folder counts as unfinished, wherever we are stopped.
     (folder / MANIFEST).unlink(missing_ok=True)
-    write_json(plan, {"stage": spec.stage, "fingerprint": spec.fingerprint, "config": dict(spec.config)})
+    identity = {"stage": spec.stage, "fingerprint": spec.fingerprint, "config": dict(spec.config)}
+    write_json(plan, {**identity, "asked": dict(spec.asked or spec.config)})
     for path in leftovers:
         if path.name in (PLAN, MANIFEST):
             continue

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 from tiny import tiny_cross_encoder_folder, tiny_encoder_folder, tiny_overrides
 from typer.testing import CliRunner
 
@@ -116,6 +117,55 @@ def test_training_anew_beside_an_unfinished_run_says_which_key_changed(
     assert first == resumed == "train the asymmetric student"
     assert changed.startswith("train the asymmetric student from the beginning: the unfinished train-")
     assert changed.endswith("was made otherwise (schedule.epochs: 4 -> 7)")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "seed: 13 -> 5",
+        "encoder.max_length: 24 -> 20",
+        "candidates.negatives: 3 -> 2",
+        'candidates.strategy: "random" -> "top"',
+        "extra_texts.batch: 0 -> 4",
+    ],
+)
+def test_every_key_of_a_recipe_is_told_of_an_unfinished_run(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """Without it a key that reaches the student through its lists or vectors would change the run without a word."""
+    monkeypatch.setattr("retrieval_kd.training.loop.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    said: list[str] = []
+    name, _, value = key.partition(": ")
+    for more in ([], [f"{name}={value.rpartition(' -> ')[2]}"]):
+        recipe = load_recipe("leaf", [*tiny_overrides(tiny, "asymmetric"), *more])
+        with pytest.raises(KeyboardInterrupt):
+            _ = Workspace(recipe, tmp_path, said.append).last.folder
+    (line,) = (line for line in said if line.startswith("train") and "unfinished" in line)
+    assert line.endswith(f"was made otherwise ({key})")
+
+
+def test_a_stage_with_frozen_documents_trains_as_asymmetric_mode_does(tiny: Path) -> None:
+    """Without it the cheap stage would encode documents after all, or learn another space than the next one's."""
+    once = ["losses=[{name: embedding_regression}]", "schedule.evaluations=1"]
+    stages = "stages=[{name: queries, frozen_documents: true}, {name: both, schedule: {epochs: 1}}]"
+    queries, both = workspace(tiny, *tiny_overrides(tiny, "symmetric"), *once, stages).training
+    asymmetric = workspace(tiny, *tiny_overrides(tiny, "asymmetric"), *once).last
+    assert _weights(queries.folder) == _weights(asymmetric.folder) != _weights(both.folder)
+    # A symmetric encoder all the same: what it left encodes both sides, and so is measured on dev.
+    assert queries.encoder.card.role == "symmetric"
+    assert queries.encoder.card.space_fingerprint != asymmetric.encoder.card.space_fingerprint
+    assert dev(both.folder)[0] == dev(queries.folder)[-1]
+
+
+@pytest.mark.parametrize("student", ["mode: asymmetric", "mode: symmetric, towers: separate"])
+def test_documents_that_are_frozen_or_apart_are_not_frozen_again(student: str) -> None:
+    """Without it the key would be read by nobody, or leave a document tower behind that the queries have left."""
+    with pytest.raises(RecipeError, match="frozen_documents: only a symmetric student with shared towers"):
+        load_recipe("leaf", [f"student={{{student}}}", "stages=[{name: one, frozen_documents: true}, {name: two}]"])
+
+
+def _weights(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def test_one_stage_under_a_name_is_the_recipe_itself(tiny: Path) -> None:

@@ -79,9 +79,9 @@ def section(kind: type[Section], values: Mapping[str, Any], where: str) -> Secti
     return read
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
-    """Return every key of a recipe, defaults included, as plain JSON-serialisable values."""
-    plain: dict[str, Any] = _plain(dataclasses.asdict(recipe))
+def resolved(part: Recipe | StageSpec) -> dict[str, Any]:
+    """Return every key of a recipe or of a stage, defaults included, as plain JSON-serialisable values."""
+    plain: dict[str, Any] = _plain(dataclasses.asdict(part))
     return plain
 
 

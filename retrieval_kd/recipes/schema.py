@@ -662,6 +662,8 @@ class StageSpec:
         selection: Which lists it trains on.
         extra_texts: What embedding losses read besides.
         joint: Train the teacher too.
+        frozen_documents: In symmetric mode, learn against the large encoder's vectors of the documents, as asymmetric
+            mode does: a step then costs the queries alone. A later stage trains on both sides.
     """
 
     name: str
@@ -672,6 +674,7 @@ class StageSpec:
     selection: SelectionSpec = SelectionSpec()
     extra_texts: ExtraTextsSpec = ExtraTextsSpec()
     joint: JointSpec | None = None
+    frozen_documents: bool = False
 
     def __post_init__(self) -> None:
         """Refuse stages that could not be named on the command line, or would not train what they name."""
@@ -827,8 +830,9 @@ class Recipe:
         published: The figure of the source that says what to hope for; on its own data, with its own models.
         seed: Seed of every draw.
         stages: The stages of training, in order; the recipe's own ``candidates``, ``teacher``, ``losses``,
-            ``schedule``, ``selection``, ``extra_texts`` and ``joint`` are what a stage does not name, and the only
-            stage where there are none. A teacher is fine-tuned on the recipe's own candidates, whichever names it.
+            ``schedule``, ``selection``, ``extra_texts``, ``joint`` and ``frozen_documents`` are what a stage does not
+            name, and the only stage where there are none. A teacher is fine-tuned on the recipe's own candidates,
+            whichever names it.
     """
 
     name: str
@@ -848,6 +852,7 @@ class Recipe:
     selection: SelectionSpec = SelectionSpec()
     extra_texts: ExtraTextsSpec = ExtraTextsSpec()
     joint: JointSpec | None = None
+    frozen_documents: bool = False
     stages: tuple[StageSpec, ...] = ()
     export: ExportSpec = ExportSpec()
     index: IndexSpec = IndexSpec()
@@ -862,6 +867,11 @@ class Recipe:
         _require_done("", self.candidates, (), names)
         for i, stage in enumerate(self.stages):
             _require_done(f"stage {stage.name!r}: ", stage.candidates, names[:i], names)
+        if any(stage.frozen_documents for stage in self.training):
+            _require(
+                (self.student.mode, self.student.towers) == ("symmetric", "shared"),
+                "frozen_documents: only a symmetric student with shared towers has documents to freeze; leave it out",
+            )
         if self.student.towers == "separate":
             twins = [loss.name for stage in self.training for loss in stage.losses if loss.compares_documents]
             _require(

@@ -15,6 +15,7 @@ from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.mining.candidates import LISTS, CandidateList, write_candidates
 from retrieval_kd.mining.selection import SelectionReport, in_disagreement
+from retrieval_kd.recipes.loader import resolved
 from retrieval_kd.recipes.schema import JointSpec, StageSpec, TeacherSpec
 from retrieval_kd.runs import Scores
 from retrieval_kd.stages.members import identity
@@ -203,6 +204,8 @@ class TrainingStage:
         }
         if stage.extra_texts.batch:
             config["extra_texts"] = {"batch": stage.extra_texts.batch}
+        if stage.frozen_documents:
+            config["frozen_documents"] = True
         inputs = {
             "collection": workspace.collection.fingerprint,
             "encoder": workspace.encoder.card.fingerprint,
@@ -211,8 +214,14 @@ class TrainingStage:
             "teacher": self.teacher.fingerprint if self.needs_teacher else "",
             "start": EncoderCard.load(self._previous.folder).fingerprint if self._previous else "",
         }
-        spec = Spec("train", config, inputs, recipe.seed)
+        spec = Spec("train", config, inputs, recipe.seed, self._asked)
         return workspace.folder(spec, f"train the {recipe.student.mode} student{self._of_stage}"), spec
+
+    @property
+    def _asked(self) -> Mapping[str, Any]:
+        """Return the recipe's keys that decide what the stage makes."""
+        recipe = resolved(self._workspace.recipe)
+        return {**{key: recipe[key] for key in ("collection", "encoder", "student", "seed")}, **resolved(self.spec)}
 
     def _start(self) -> tuple[TorchEncoder, TorchEncoder]:
         """Return what the stage's query and document encoder start from, one encoder twice where both are one."""
@@ -258,7 +267,7 @@ class TrainingStage:
         data, dev, layer_teacher = self._parts
 
         def documents(device: torch.device) -> DocumentTower:
-            if workspace.recipe.student.mode == "asymmetric":
+            if stage.frozen_documents or workspace.recipe.student.mode == "asymmetric":
                 return FrozenDocuments(workspace.corpus, device)
             return LiveDocuments(live, workspace.collection, workspace.corpus, device)
 

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval_kd.artifacts import MANIFEST, PLAN, Artifact, Spec, build, config_of, file_sha256, fingerprint
+from retrieval_kd.artifacts import MANIFEST, PLAN, Artifact, Spec, asked_of, build, file_sha256, fingerprint
 from retrieval_kd.changes import changes, shown
 from retrieval_kd.collections import open_collection
 from retrieval_kd.collections.base import Collection, dev_queries, training_queries
@@ -447,11 +447,12 @@ class Workspace:
 
     def _left_unfinished(self, spec: Spec) -> str:
         left = {}
+        asked = spec.asked or spec.config
         for plan in sorted(self.root.glob(f"{spec.stage}-*/{PLAN}")):
-            config = config_of(plan.parent) or {}
-            differences = changes(config, spec.config)
+            before = asked_of(plan)
+            differences = changes(before, asked)
             # Some stages are built under a configuration of their own, which says nothing about this one.
-            if config.keys() == spec.config.keys() and 0 < len(differences) <= NEARLY_THE_SAME:
+            if before.keys() == asked.keys() and 0 < len(differences) <= NEARLY_THE_SAME:
                 left[plan.parent.name] = differences
         if not left:
             return ""

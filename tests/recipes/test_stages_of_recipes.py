@@ -121,14 +121,18 @@ def test_the_recipes_of_the_documentation_load(tmp_path: Path) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "stages.md"
     blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     whole = [block for block in blocks if block.startswith("name:")]
-    assert (len(blocks), len(whole)) == (3, 2)
+    assert (len(blocks), len(whole)) == (4, 2)
     for text in whole:
         path = tmp_path / "whole.yaml"
         path.write_text(text)
         assert load_recipe(str(path)).training
     # What is a section alone is put into a whole recipe.
-    section = next(block for block in blocks if block not in whole)
+    candidates, stages = (block for block in blocks if block not in whole)
     path = tmp_path / "section.yaml"
-    path.write_text(re.sub(r"candidates: .*\n", section, whole[1], count=1))
+    path.write_text(
+        "name: two\nabout: two\nsource: two\nlosses: [embedding_regression]\nstudent: {mode: symmetric}\n" + stages
+    )
+    assert [stage.frozen_documents for stage in load_recipe(str(path)).training] == [True, False]
+    path.write_text(re.sub(r"candidates: .*\n", candidates, whole[1], count=1))
     (stage,) = load_recipe(str(path)).training
     assert [source.kind for source in stage.candidates.sources] == ["bm25", "dense", "dense", "student", "run"]
