@@ -1,10 +1,10 @@
 """Peak memory: training and encoding against the size of the corpus, and scoring against the number of pairs.
 
 ``training`` trains a tiny student on the same 512 lists for the same steps beside corpora of 10^4, 10^5 and 10^6
-documents; the lists' documents are among them. ``encoding`` encodes such a corpus. ``scoring`` scores 10^4, 10^5 and
-10^6 pairs with a tiny random cross-encoder into a store, pairs streaming in and shards out. Each run is a process of
-its own; what counts is its peak resident memory (``ru_maxrss``), reported with what the process needed before it
-touched the first document.
+documents; the lists' documents are among them, and sentences of all are what its embedding loss reads besides.
+``encoding`` encodes such a corpus. ``scoring`` scores 10^4, 10^5 and 10^6 pairs with a tiny random cross-encoder into
+a store, pairs streaming in and shards out. Each run is a process of its own; what counts is its peak resident memory
+(``ru_maxrss``), reported with what the process needed before it touched the first document.
 
     python benchmarks/memory.py --json benchmarks/results/memory.json
 """
@@ -34,6 +34,7 @@ from retrieval_kd.runs import Shortlist  # noqa: E402
 SIZES = (10_000, 100_000, 1_000_000)
 LISTS = 512
 CANDIDATES = 8
+EXTRA_BATCH = 16
 WIDTH = 16
 WORDS_A_DOCUMENT = 12
 
@@ -87,11 +88,12 @@ def training(folder: Path, documents: int) -> dict[str, Any]:
     from tiny import tiny_encoder
 
     from retrieval_kd.collections import open_collection
+    from retrieval_kd.collections.extra import extra_texts
     from retrieval_kd.encoders.corpus import EncodedCorpus, map_vectors, read_ids
     from retrieval_kd.mining.candidates import CandidateList
     from retrieval_kd.recipes.schema import CollectionSpec, LossSpec, ScheduleSpec, StudentSpec
     from retrieval_kd.students.build import build_student
-    from retrieval_kd.training.batches import TrainingSet
+    from retrieval_kd.training.batches import ExtraTexts, TrainingSet
     from retrieval_kd.training.loop import train
     from retrieval_kd.training.towers import DocumentTower, LiveDocuments
 
@@ -109,14 +111,16 @@ def training(folder: Path, documents: int) -> dict[str, Any]:
     rng = np.random.default_rng(4)
     scores = [rng.standard_normal(CANDIDATES).astype(np.float32) for _ in lists]
     targets = start.encode(list(collection.queries().values()), "query")
-    data = TrainingSet(lists, collection.queries(), scores, collection.qrels("train"), targets)
+    schedule = ScheduleSpec(epochs=2, batch_queries=32, checkpoints=2)
+    texts = extra_texts(collection, (), sentences=True, most=schedule.steps(LISTS) * EXTRA_BATCH)
+    extra = ExtraTexts(texts, start.encode(list(texts.values()), "query"), EXTRA_BATCH)
+    data = TrainingSet(lists, collection.queries(), scores, collection.qrels("train"), targets, extra=extra)
     opened = peak()
 
     def towers(device: torch.device) -> DocumentTower:
         return LiveDocuments(student, collection, corpus, device)
 
     losses = [LossSpec("listwise_kl"), LossSpec("embedding_regression")]
-    schedule = ScheduleSpec(epochs=2, batch_queries=32, checkpoints=2)
     started = time.perf_counter()
     train(student, towers, data, None, losses, schedule, 1, folder / "run")
     return {"start_mib": before, "opened_mib": opened, "peak_mib": peak(), "seconds": time.perf_counter() - started}

@@ -39,11 +39,12 @@ def own_overrides(tiny: Path, name: str) -> list[str]:
     return {
         # Targets that move by themselves are made to stand, so that a falling loss means learning.
         "taid": ["losses.0.options.start=1.0"],
-        "ckd": ["losses.0.options.size=1"],
         "pair_distill": [f"teacher={{members: [{{kind: pairwise, max_length: 64, {made}}}]}}"],
         "small_reranker": [
             "teacher.compress={layers: [1], stages: [{target: hidden, batch_queries: 8}, {target: logits}]}"
         ],
+        # The overrides that all share name another teacher, on whose scale these losses are not.
+        "dse": ["teacher.normalise=none", "teacher.encoder_weight=0.0"],
         "rocketqa_v2": ["teacher.normalise=none", "teacher.encoder_weight=0.0"],
     }.get(name, [])
 

@@ -112,19 +112,25 @@ def training_queries(collection: Collection) -> dict[str, str]:
 
 def unseen(texts: Mapping[str, str], collection: Collection) -> dict[str, str]:
     """Return the texts by id that are no query of the collection's dev split or of any split but train."""
+    seen = held_out_words(collection)
+    return {text_id: text for text_id, text in texts.items() if words_of(text) not in seen}
+
+
+def held_out_words(collection: Collection) -> set[str]:
+    """Return the :func:`words_of` each query of the collection's dev split and of every split but train."""
     dev, _ = dev_queries(collection)
-    seen = {_words(text) for text in dev.values()}
+    seen = {words_of(text) for text in dev.values()}
     for split in collection.splits():
         if split != "train":
-            seen.update(_words(text) for text in split_queries(collection, split).values())
-    return {text_id: text for text_id, text in texts.items() if _words(text) not in seen}
+            seen.update(words_of(text) for text in split_queries(collection, split).values())
+    return seen
 
 
 def _held_out(query_id: str) -> bool:
     return hashlib.sha256(query_id.encode()).digest()[0] % 10 == 0
 
 
-def _words(text: str) -> str:
+def words_of(text: str) -> str:
     """Return the words of a text alone; a text without any is compared as it is."""
     return " ".join(re.findall(r"\w+", text.casefold())) or text
 

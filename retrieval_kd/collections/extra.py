@@ -7,10 +7,12 @@ student to search that collection.
 from __future__ import annotations
 
 import hashlib
+import heapq
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from retrieval_kd.collections.base import Collection, training_queries, unseen
+from retrieval_kd.collections.base import Collection, held_out_words, training_queries, words_of
 
 # A heading or a list's number is no sentence; a sentence longer than any query costs time and teaches little more.
 _LEAST_WORDS = 4
@@ -18,29 +20,47 @@ _MOST_WORDS = 24
 _BOUNDARY = re.compile(r"(?<=[.!?])\s+")
 
 
-def extra_texts(collection: Collection, others: Sequence[Collection], sentences: bool) -> dict[str, str]:
+def extra_texts(collection: Collection, others: Sequence[Collection], sentences: bool, most: int) -> dict[str, str]:
     """Return texts by id: the train queries of other collections, and one sentence of each document of all.
 
     A text that is also a dev or test query of one of the collections is left out, and so is a second copy of a text.
+    Of more than ``most`` those with the smallest hashes are taken, and no more of them are ever in memory: what a
+    training cannot read is neither kept nor encoded, however large the corpus.
 
     Args:
         collection: The collection that is trained on; its queries are not among the texts.
         others: Collections whose train queries are; the queries of their other splits never are.
         sentences: Take a sentence of each document too, chosen by a hash of the document's id.
+        most: Texts wanted, at least 1.
 
     Raises:
         DataError: as :func:`retrieval_kd.collections.base.training_queries`.
     """
-    texts: dict[str, str] = {}
-    for other in others:
-        texts.update((f"{other.name}/query/{query_id}", text) for query_id, text in training_queries(other).items())
+    sources = (collection, *others)
+    held_out = set().union(*map(held_out_words, sources))
+    streams = [_queries(other) for other in others]
     if sentences:
-        for source in (collection, *others):
-            texts.update(_sentences(source))
-    for source in (collection, *others):
-        texts = unseen(texts, source)
-    first = {text: text_id for text_id, text in reversed(texts.items())}
-    return {text_id: text for text_id, text in texts.items() if first[text] == text_id}
+        streams += [_sentences(source) for source in sources]
+    # The largest hash comes first, to make room; the place keeps the order of the streams.
+    kept: list[tuple[int, int, str, str]] = []
+    hashes: set[int] = set()
+    for place, (text_id, text) in enumerate(itertools.chain.from_iterable(streams)):
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+        full = len(kept) == most
+        if number in hashes or (full and number > -kept[0][0]) or words_of(text) in held_out:
+            continue
+        hashes.add(number)
+        item = (-number, place, text_id, text)
+        if full:
+            hashes.discard(-heapq.heapreplace(kept, item)[0])
+        else:
+            heapq.heappush(kept, item)
+    return {text_id: text for _, _, text_id, text in sorted(kept, key=lambda item: item[1])}
+
+
+def _queries(collection: Collection) -> Iterator[tuple[str, str]]:
+    for query_id, text in training_queries(collection).items():
+        yield f"{collection.name}/query/{query_id}", text
 
 
 def _sentences(collection: Collection) -> Iterator[tuple[str, str]]:

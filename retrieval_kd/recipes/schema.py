@@ -6,6 +6,7 @@ A field's name is its key in YAML, its type and ``__post_init__`` say what value
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -580,6 +581,10 @@ class ScheduleSpec:
             f"schedule.size_weights: {list(self.size_weights)} must not be negative, and one must be above 0",
         )
         _require(0 <= self.average_from < 1, f"schedule.average_from: {self.average_from} is not in [0, 1)")
+
+    def steps(self, queries: int) -> int:
+        """Return how many steps a training on so many queries takes."""
+        return self.epochs * math.ceil(min(queries, self.epoch_queries or queries) / self.batch_queries)
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,7 @@ class TrainingStage:
     @cached_property
     def extra_texts(self) -> dict[str, str]:
         """Return the texts that embedding losses read beside the queries, by id."""
-        return self._workspace.extra_texts(self.spec.extra_texts)
+        return self._workspace.extra_texts(self.spec.extra_texts, self.spec.schedule.steps(len(self.lists)))
 
     def _scores(self, lists: Sequence[CandidateList]) -> list[Scores]:
         return self.teacher.scores(lists, self._workspace.training_queries)
@@ -196,7 +196,7 @@ class TrainingStage:
         """Return where the stage's result lies, and its identity."""
         workspace = self._workspace
         recipe, stage = workspace.recipe, self.spec
-        config = {
+        config: dict[str, Any] = {
             "student": dataclasses.asdict(recipe.student),
             "losses": [dataclasses.asdict(loss) for loss in stage.losses],
             "schedule": dataclasses.asdict(stage.schedule),

@@ -299,12 +299,17 @@ class Workspace:
         folder = self.folder(Spec("encode", {}, inputs), f"encode {len(queries):,} queries with {encoder.card.name}")
         return encode_texts(encoder, queries, "query", folder)
 
-    def extra_texts(self, spec: ExtraTextsSpec) -> dict[str, str]:
-        """Return the texts that a stage's embedding losses read beside its queries; empty where it wants none."""
+    def extra_texts(self, spec: ExtraTextsSpec, steps: int) -> dict[str, str]:
+        """Return the texts that a stage's embedding losses read beside its queries; empty where it wants none.
+
+        Args:
+            spec: Which texts.
+            steps: Steps that read them.
+        """
         if spec.batch == 0:
             return {}
         others = [open_collection(CollectionSpec(path)) for path in spec.collections]
-        return extra_texts(self.collection, others, spec.sentences)
+        return extra_texts(self.collection, others, spec.sentences, steps * spec.batch)
 
     def encoder_scores(
         self, lists: Sequence[Shortlist], encoder: OnnxEncoder, queries: Mapping[str, str]

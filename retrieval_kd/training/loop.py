@@ -128,8 +128,7 @@ def train(
         for line in warnings:
             _log.warning(line)
     run = _Run(machine, student, documents, data, losses, schedule, layer_teacher, joint)
-    queries_per_epoch = min(len(data.lists), schedule.epoch_queries or len(data.lists))
-    total = schedule.epochs * math.ceil(queries_per_epoch / schedule.batch_queries)
+    total = schedule.steps(len(data.lists))
 
     at = Progress()
     # The first process may still be clearing the folder of another run.

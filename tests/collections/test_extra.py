@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -48,19 +49,19 @@ def test_other_collections_give_their_train_queries_alone(tmp_path: Path) -> Non
             "q4": ("dev", "other dev"),
         },
     )
-    assert extra_texts(own, [other], sentences=False) == {"other/query/q1": "other train"}
+    assert extra_texts(own, [other], sentences=False, most=9) == {"other/query/q1": "other train"}
 
 
 def test_sentences_are_chosen_by_the_document_and_cut(tmp_path: Path) -> None:
     """Without it a run resumed in another process could regress other sentences than the ones it began with."""
     own = collection(tmp_path, "own", OWN)
-    texts = extra_texts(own, [], sentences=True)
+    texts = extra_texts(own, [], sentences=True, most=9)
     assert list(texts) == ["own/document/a"]
     assert texts["own/document/a"] in ("One sentence of six words here!", "Another one with five words?")
-    assert extra_texts(own, [], sentences=True) == texts
+    assert extra_texts(own, [], sentences=True, most=9) == texts
     CORPUS[0]["text"], kept = " ".join(["word"] * 100), CORPUS[0]["text"]
     try:
-        long = extra_texts(collection(tmp_path, "long", OWN), [], sentences=True)
+        long = extra_texts(collection(tmp_path, "long", OWN), [], sentences=True, most=9)
     finally:
         CORPUS[0]["text"] = kept
     assert long["long/document/a"] == " ".join(["word"] * 24)
@@ -70,7 +71,22 @@ def test_a_text_comes_once(tmp_path: Path) -> None:
     """Without it a document that two collections share would weigh twice."""
     own = collection(tmp_path, "own", OWN)
     other = collection(tmp_path, "other", {**OWN, "q1": ("train", "other train")})
-    assert list(extra_texts(own, [other], sentences=True)) == ["other/query/q1", "own/document/a"]
+    assert list(extra_texts(own, [other], sentences=True, most=9)) == ["other/query/q1", "own/document/a"]
+
+
+def test_no_more_texts_are_taken_than_a_training_reads(tmp_path: Path) -> None:
+    """Without it a corpus of millions would be held in memory and encoded for a few thousand steps."""
+    own = collection(tmp_path, "own", OWN)
+    queries = {**{f"r{i}": ("train", f"text {i % 30}") for i in range(60)}, "q2": OWN["q2"], "q3": OWN["q3"]}
+    others = [collection(tmp_path, name, queries) for name in ("one", "two")]
+    every = extra_texts(own, others, sentences=True, most=99)
+    assert len(every) == 31
+    some = extra_texts(own, others, sentences=True, most=10)
+    assert list(some.items()) == [item for item in every.items() if item[0] in some]
+    smallest = sorted(every, key=lambda text_id: hashlib.sha256(every[text_id].encode()).digest()[:8])[:10]
+    assert set(some) == set(smallest)
+    # The order in which copies come does not decide which texts are taken.
+    assert set(extra_texts(own, others[::-1], sentences=True, most=10).values()) == set(some.values())
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ GOLDEN = [
     Golden("list_mle", LIST, 0.604131 + 1.313262),
     Golden("plackett_luce", LIST, 0.723285),
     Golden("pointwise_mse", LIST, 3.5 / 3),
+    Golden("pointwise_mse", LIST, 10 / 3, {"scale": 2.0, "shift": -1.0}),  # 1, 0, -2 against 2, 0, 1
     Golden(
         "scaled_listwise_kl",
         LIST,

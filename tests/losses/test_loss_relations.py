@@ -368,6 +368,22 @@ def test_contrastive_kd_limits() -> None:
     assert value("contrastive_kd", inputs, {"temperature": 1e9}).item() == pytest.approx(math.log(6))
 
 
+def test_contrastive_kd_takes_no_text_for_its_own_negative() -> None:
+    """A bank longer than an epoch holds each text's own vector; as a negative it would weaken the pull towards it."""
+    inputs = random_inputs("embeddings")
+    assert inputs.bank is not None
+    alone = dataclasses.replace(inputs, student=inputs.student[:1], teacher=inputs.teacher[:1])
+    banked = dataclasses.replace(alone, bank=torch.cat([2 * alone.teacher, inputs.bank, alone.teacher]))
+    twice = dataclasses.replace(alone, student=alone.student.repeat(2, 1), teacher=alone.teacher.repeat(2, 1))
+    expected = value("contrastive_kd", alone).item()
+    for same in (banked, twice):
+        assert value("contrastive_kd", same).item() == pytest.approx(expected, abs=1e-12)
+    # To other texts it is a negative, wherever it lies.
+    warm = {"temperature": 1.0}
+    more = value("contrastive_kd", dataclasses.replace(inputs, bank=banked.bank), warm)
+    assert more.item() > value("contrastive_kd", inputs, warm).item() + 0.1
+
+
 def test_relations_survive_rotation_shift_and_scale_into_another_width() -> None:
     """Relational losses compare geometry alone."""
     teacher = random_inputs("embeddings").teacher

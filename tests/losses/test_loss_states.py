@@ -95,6 +95,14 @@ def test_the_bank_keeps_the_newest_in_order() -> None:
     assert bank.fields()["bank"][:, 0].tolist() == [6.0, 7.0, 8.0]
 
 
+def test_the_bank_keeps_a_text_once() -> None:
+    """A bank longer than an epoch would hold each text as often as there were epochs, and the loss rise with them."""
+    bank = MemoryBank(size=4)
+    for rows in ((1, 2), (3, 1), (4, 5)):
+        bank.update(vectors(*rows), 0.0, 0.0)
+    assert bank.fields()["bank"][:, 0].tolist() == [3.0, 1.0, 4.0, 5.0]
+
+
 def test_a_bank_of_size_zero_stays_empty() -> None:
     """Slicing from minus zero would keep everything."""
     bank = MemoryBank(size=0)
