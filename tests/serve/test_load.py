@@ -189,6 +189,25 @@ def test_an_overloaded_index_refuses_vector_queries_at_once(start: Start) -> Non
     assert np.median(seen.refused) < np.median(seen.answered) / 2, "a refusal that comes late helps nobody"
 
 
+def test_batches_that_nobody_waits_for_any_more_leave_the_index(start: Start) -> None:
+    """Fault: batches that cannot be done in time. Without it single searches were refused long after they had failed."""
+    running = start(searcher=FakeSource(SlowSearcher()))
+    vector = pb.Vector(floats=pb.FloatVector(values=[1.0] * DIMENSION))
+    batch = pb.BatchSearchRequest(queries=[pb.Query(vector=vector)] * 200, top_k=1)
+    with grpc.insecure_channel(running.target) as channel:
+        stub = rpc.RetrievalServiceStub(channel)
+        # Two threads search, each for twenty seconds.
+        late = stub.BatchSearch.future(batch, timeout=0.5)
+        leaving = stub.BatchSearch.future(batch, timeout=30)
+        assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        leaving.cancel()
+        running.wait_for("rkd_requests_in_flight", 0)
+        began = time.monotonic()
+        singles = [stub.Search.future(pb.SearchRequest(vector=vector, top_k=1), timeout=10) for _ in range(2)]
+        assert all(len(single.result().hits) == 1 for single in singles)
+        assert time.monotonic() - began < 5
+
+
 def test_clients_wait_as_they_are_told_and_then_succeed(start: Start) -> None:
     """Without it a client would give up where a pause of a moment is all it takes, or hammer the server."""
     encoder = FakeEncoder()
