@@ -29,7 +29,7 @@ class Limits:
         max_write_documents: Documents in one upsert, ids in one delete.
         max_stream_in_flight: Requests of one stream that are worked on at once.
         max_effort: Each number that says how hard an approximate index looks.
-        max_stream_idle_ms: A stream without a deadline ends when for so long no request came and no answer was taken.
+        max_stream_idle_ms: A stream ends when for so long no request came and no answer was taken, milliseconds.
     """
 
     max_batch_queries: int = 256

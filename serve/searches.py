@@ -44,7 +44,7 @@ class _Search:
 
 @dataclass(eq=False)
 class _Batch:
-    """Queries of one caller: ``left`` are counted as waiting or under way, ``begun`` of them are in a thread's hands."""
+    """Queries of one caller: ``left`` count as waiting or under way, of which ``begun`` are in a thread's hands."""
 
     vectors: Vectors
     search: SearchPart

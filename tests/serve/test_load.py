@@ -190,7 +190,7 @@ def test_an_overloaded_index_refuses_vector_queries_at_once(start: Start) -> Non
 
 
 def test_batches_that_nobody_waits_for_any_more_leave_the_index(start: Start) -> None:
-    """Fault: batches that cannot be done in time. Without it single searches were refused long after they had failed."""
+    """Fault: batches too large for their deadlines. Without it others are refused long after they have failed."""
     running = start(searcher=FakeSource(SlowSearcher()))
     vector = pb.Vector(floats=pb.FloatVector(values=[1.0] * DIMENSION))
     batch = pb.BatchSearchRequest(queries=[pb.Query(vector=vector)] * 200, top_k=1)

@@ -71,8 +71,9 @@ def test_a_stream_is_held_back_and_not_refused(start: Start, encoder: FakeEncode
     assert {answer.WhichOneof("outcome") for answer in got} == {"response"}
 
 
+@pytest.mark.parametrize("deadline", [None, 3600])
 def test_a_stream_that_falls_silent_gives_its_place_back_and_one_that_goes_on_keeps_it(
-    start: Start, encoder: FakeEncoder
+    start: Start, encoder: FakeEncoder, deadline: int | None
 ) -> None:
     """Without it callers who open streams and say nothing would hold every place, and nobody else be answered."""
     running = start(encoder, limits=Limits(max_concurrent_requests=2, max_stream_idle_ms=1500))
@@ -89,8 +90,8 @@ def test_a_stream_that_falls_silent_gives_its_place_back_and_one_that_goes_on_ke
 
     with grpc.insecure_channel(running.target) as channel:
         stub = rpc.RetrievalServiceStub(channel)
-        left = stub.StreamSearch(silent())
-        going = stub.StreamSearch(slowly())
+        left = stub.StreamSearch(silent(), timeout=deadline)
+        going = stub.StreamSearch(slowly(), timeout=deadline)
         assert [answer.tag for answer in going] == list(range(5))
         with pytest.raises(grpc.RpcError) as ended:
             next(left)

@@ -1674,8 +1674,8 @@ class Limits(_message.Message):
     max_effort: _builtins.int
     """Each number of a SearchEffort."""
     max_stream_idle_ms: _builtins.int
-    """Longest silence of a stream without a deadline, milliseconds: when no request comes and no answer is
-    taken for so long, it ends with DEADLINE_EXCEEDED.
+    """Longest silence of a stream, milliseconds: when no request comes and no answer is taken for so long, it
+    ends with DEADLINE_EXCEEDED, whatever its deadline.
     """
     def __init__(
         self,
