@@ -30,9 +30,9 @@ from serve.tracing import Tracer, open_tracer
 
 _log = logging.getLogger(__name__)
 _CONNECTION_OPTIONS = [
-    # Behind a balancer that spreads connections, long-lived ones would keep new servers idle.
+    # Behind a balancer that spreads connections, long-lived ones would keep new servers idle. Only new calls move to
+    # another connection: a grace would cut the streams that go on, and those that do not have limits of their own.
     ("grpc.max_connection_age_ms", 30 * 60_000),
-    ("grpc.max_connection_age_grace_ms", 5 * 60_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 
