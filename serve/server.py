@@ -25,7 +25,7 @@ from serve.indexes import watch
 from serve.logs import use_json
 from serve.metrics import Metrics, serve_metrics
 from serve.service import ADMIN_SERVICE, SERVICES, add_services
-from serve.tls import require_safe_address, server_credentials
+from serve.tls import server_credentials
 from serve.tracing import Tracer, open_tracer
 
 _log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ async def check(config: ServeConfig) -> dict[str, Any]:
     Raises:
         RkdError: what would keep the server from serving.
     """
-    require_safe_address(config.host, config.tls, config.insecure)
+    config.require_safe_addresses()
     for option, host, port in (
         ("--port", config.host, config.port),
         ("--admin-port", LOOPBACK, config.admin_port),
@@ -119,7 +119,7 @@ async def serve(
         ServeError: the port cannot be opened.
         RkdError: whatever ``load`` raises.
     """
-    require_safe_address(config.host, config.tls, config.insecure)
+    config.require_safe_addresses()
     metrics = metrics or Metrics()
     slot = EngineSlot()
     async with contextlib.AsyncExitStack() as stack:

@@ -89,16 +89,15 @@ def test_overload_is_refused_quickly_and_goodput_holds(start: Start) -> None:
 
     # Eight texts a batch: the encoder can do 32 a second, which leaves even a busy machine time to send and to read.
     seen = offered(running.target, 4 * 8 / SECONDS_PER_BATCH, 2.5, call)
-    total = len(seen.answered) + len(seen.refused) + len(seen.late)
     assert seen.other == []
+    assert seen.late == [], "who is admitted is answered in time"
     assert all(seconds is not None and seconds > 0 for seconds in seen.advice)
-    assert len(seen.refused) > total / 5
+    assert len(seen.refused) > len(seen.answered) / 4
     assert np.median(seen.refused) < np.median(seen.answered), "a refusal that comes late helps nobody"
-    # In the encoder's own measure, whatever the machine does beside it: full batches, and hardly one for nothing.
+    # In the encoder's own measure, whatever the machine does beside it: texts share batches, hardly one for nothing.
     encoded = sum(map(len, encoder.runs))
-    assert encoded > 0.5 * 8 * len(encoder.runs), "goodput under overload"
+    assert encoded > 3 * len(encoder.runs), "goodput under overload"
     assert len(seen.answered) > 0.8 * encoded, "work that is admitted is done in time"
-    assert len(seen.late) < len(seen.answered) / 5
     with RetrievalClient(running.target) as client:
         assert len(client.search("after the storm").hits) == 10
 
