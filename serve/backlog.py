@@ -74,6 +74,11 @@ class Backlog:
             self._jobs += 1
             self._units += units
 
+    def progress(self, units: int) -> None:
+        """Count so many units of a job no more, which goes on."""
+        with self._lock:
+            self._units -= units
+
     def leave(self, units: int) -> None:
         """Count a job no more, whether it was done or given up."""
         with self._lock:

@@ -26,6 +26,7 @@ from serve.health import check_health
 from serve.limits import Limits
 from serve.messages import (
     DEADLINE_SECONDS,
+    EMBED_TEXTS,
     RETRIES,
     Document,
     EncoderInfo,
@@ -50,6 +51,7 @@ __all__ = [
     "Options",
     "RetrievalClient",
     "SearchResult",
+    "ServeError",
     "ServerInfo",
     "Timings",
     "Tls",
@@ -90,6 +92,20 @@ class _Connection:
         if seconds is None or attempt >= self.retries or time.monotonic() + seconds >= give_up:
             return None
         return seconds
+
+    def searched(self, answer: pb.StreamSearchResponse) -> SearchResult | ServeError:
+        """Return what became of one query of a stream; the others have outcomes of their own."""
+        if answer.WhichOneof("outcome") == "error":
+            why = messages.explain_status(answer.error)
+            return ServeError(f"search_stream at {self.target}: query {answer.tag}: {why}")
+        return messages.read_search(answer.response)
+
+    def embedded(self, answer: pb.StreamEmbedResponse) -> npt.NDArray[np.float32]:
+        """Return the vectors of some texts of a stream, which are of no use without those of the others."""
+        if answer.WhichOneof("outcome") == "error":
+            why, start = messages.explain_status(answer.error), answer.tag * EMBED_TEXTS
+            raise ServeError(f"embed_stream at {self.target}: of the {EMBED_TEXTS} texts from number {start}: {why}")
+        return messages.read_vectors(answer.response)
 
     def is_ready(self, timeout: float, give_up: float) -> bool:
         """Ask once whether the server answers requests; False while there is time to ask again."""
@@ -193,11 +209,16 @@ class RetrievalClient:
 
     def search_stream(
         self, texts: Iterable[str], top_k: int = 10, options: Options | None = None
-    ) -> Iterator[SearchResult]:
-        """Rank documents against texts as they come; results in their order, without a deadline."""
+    ) -> Iterator[SearchResult | ServeError]:
+        """Rank documents against texts as they come; an outcome for each in their order, without a deadline.
+
+        A text that cannot be searched for, such as a blank line, yields the error, and the stream goes on.
+
+        Raises:
+            ServeError: the stream itself failed.
+        """
         requests = messages.tagged_searches(texts, top_k, options)
-        for answer in self._stream("search_stream", self._stubs.retrieval.StreamSearch, requests):
-            yield messages.read_search(answer.response)
+        yield from map(self._to.searched, self._stream("search_stream", self._stubs.retrieval.StreamSearch, requests))
 
     def embed(self, texts: Sequence[str], documents: bool = False) -> npt.NDArray[np.float32]:
         """Return the vectors of queries, or of documents, float32 ``[len(texts), d]``."""
@@ -205,10 +226,14 @@ class RetrievalClient:
         return messages.read_vectors(self._call("embed", self._stubs.embedding.Embed, request))
 
     def embed_stream(self, texts: Sequence[str], documents: bool = False) -> npt.NDArray[np.float32]:
-        """Return the vectors of many texts, float32 ``[len(texts), d]``; the server serves queries first."""
+        """Return the vectors of many texts, float32 ``[len(texts), d]``; the server serves queries first.
+
+        Raises:
+            ServeError: the stream failed, or the server refused a text; says which.
+        """
         requests = messages.tagged_embeds(texts, documents)
         answers = self._stream("embed_stream", self._stubs.embedding.StreamEmbed, requests)
-        return np.concatenate([messages.read_vectors(answer.response) for answer in answers])
+        return np.concatenate([self._to.embedded(answer) for answer in answers])
 
     def rerank(self, query: str, documents: Mapping[str, str] | Sequence[str], top_k: int = 0) -> SearchResult:
         """Order documents by the server's reranker: texts by id, or ids whose texts the index stores."""
@@ -274,8 +299,7 @@ class RetrievalClient:
 
     def _stream(self, name: str, method: Callable[..., Iterable[Response]], requests: Iterator[Any]) -> Iterator[Any]:
         try:
-            for answer in method(requests, metadata=self._to.metadata):
-                yield _answered(name, self._to.target, answer)
+            yield from method(requests, metadata=self._to.metadata)
         except grpc.RpcError as error:
             raise self._to.failed(name, error) from None
 
@@ -349,11 +373,11 @@ class AsyncRetrievalClient:
 
     async def search_stream(
         self, texts: Iterable[str], top_k: int = 10, options: Options | None = None
-    ) -> AsyncIterator[SearchResult]:
-        """Rank documents against texts as they come; results in their order, without a deadline."""
+    ) -> AsyncIterator[SearchResult | ServeError]:
+        """Rank documents against texts as they come; an outcome for each, as :class:`RetrievalClient` has it."""
         requests = messages.tagged_searches(texts, top_k, options)
         async for answer in self._stream("search_stream", self._stubs.retrieval.StreamSearch, requests):
-            yield messages.read_search(answer.response)
+            yield self._to.searched(answer)
 
     async def embed(self, texts: Sequence[str], documents: bool = False) -> npt.NDArray[np.float32]:
         """Return the vectors of queries, or of documents, float32 ``[len(texts), d]``."""
@@ -364,7 +388,7 @@ class AsyncRetrievalClient:
         """Return the vectors of many texts, float32 ``[len(texts), d]``; the server serves queries first."""
         requests = messages.tagged_embeds(texts, documents)
         answers = self._stream("embed_stream", self._stubs.embedding.StreamEmbed, requests)
-        return np.concatenate([messages.read_vectors(answer.response) async for answer in answers])
+        return np.concatenate([self._to.embedded(answer) async for answer in answers])
 
     async def rerank(self, query: str, documents: Mapping[str, str] | Sequence[str], top_k: int = 0) -> SearchResult:
         """Order documents by the server's reranker: texts by id, or ids whose texts the index stores."""
@@ -437,12 +461,6 @@ class AsyncRetrievalClient:
     async def _stream(self, name: str, method: Callable[..., Any], requests: Iterator[Any]) -> AsyncIterator[Any]:
         try:
             async for answer in method(requests, metadata=self._to.metadata):
-                yield _answered(name, self._to.target, answer)
+                yield answer
         except grpc.RpcError as error:
             raise self._to.failed(name, error) from None
-
-
-def _answered(name: str, target: str, answer: Any) -> Any:
-    if answer.WhichOneof("outcome") == "error":
-        raise ServeError(f"{name} at {target}: request {answer.tag}: {messages.explain_status(answer.error)}")
-    return answer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from serve.limits import Limits
-from serve.tls import CertificateFiles
+from serve.tls import CertificateFiles, require_safe_address, require_safe_metrics_address
 
 LOOPBACK = "127.0.0.1"
 """Where the administration has its port: reachable from this machine alone."""
@@ -61,6 +61,16 @@ class ServeConfig:
     drain_seconds: float = 10.0
     reuse_port: bool = False
     limits: Limits = field(default_factory=Limits)
+
+    def require_safe_addresses(self) -> None:
+        """Refuse to listen in plain text where other machines can reach it.
+
+        Raises:
+            ServeError: says which address that is, and what to do.
+        """
+        require_safe_address(self.host, self.tls, self.insecure)
+        if self.metrics_port is not None:
+            require_safe_metrics_address(self.metrics_host, self.insecure)
 
     def to_json(self) -> str:
         """Return the value as JSON."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import time
 import uuid
@@ -88,12 +89,16 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Callable[[AsyncIterator[bytes], Context], AsyncIterator[object]]:
         async def guarded(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[object]:
             remaining = cast("float | None", context.time_remaining())
+            remaining = math.inf if remaining is None else remaining
             idle = self._limits.max_stream_idle_ms / 1e3
-            async with self._call(method, context, idle if remaining is None else remaining) as deadline:
+            loop = asyncio.get_running_loop()
+            give_up = loop.time() + remaining
+            # However late its deadline, a silent stream holds a place that others wait for.
+            async with self._call(method, context, min(idle, remaining)) as deadline:
 
                 def goes_on() -> None:
-                    if remaining is None and not deadline.expired():
-                        deadline.reschedule(asyncio.get_running_loop().time() + idle)
+                    if not deadline.expired():
+                        deadline.reschedule(min(loop.time() + idle, give_up))
 
                 async def decoded() -> AsyncIterator[object]:
                     async for request in requests:

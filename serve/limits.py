@@ -29,7 +29,9 @@ class Limits:
         max_write_documents: Documents in one upsert, ids in one delete.
         max_stream_in_flight: Requests of one stream that are worked on at once.
         max_effort: Each number that says how hard an approximate index looks.
-        max_stream_idle_ms: A stream without a deadline ends when for so long no request came and no answer was taken.
+        max_stream_idle_ms: A stream ends when for so long no request came and no answer was taken, milliseconds.
+        max_id_bytes: Size of one document id in a request, in UTF-8 bytes.
+        max_filter_depth: Levels of one filter.
     """
 
     max_batch_queries: int = 256
@@ -49,6 +51,8 @@ class Limits:
     max_stream_in_flight: int = 16
     max_effort: int = 4096
     max_stream_idle_ms: int = 300_000
+    max_id_bytes: int = 512
+    max_filter_depth: int = 32
 
     @property
     def max_rerank_pairs(self) -> int:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,8 +28,11 @@ from serve.indexes import DocumentSearcher, IndexHandle
 T = TypeVar("T")
 Finish = Callable[[DocumentSearcher, Sequence[Ranking], int], T]
 """Makes an answer of the rankings, given when they were found (:func:`time.perf_counter_ns`)."""
+SearchPart = Callable[[DocumentSearcher, Vectors], Sequence[Ranking]]
+"""Finds a ranking for each row, float32 ``[n, d]``."""
 _SECONDS_TOGETHER = 0.005
 _MOST_TOGETHER = 16
+_SECONDS_A_PART = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,18 @@ class _Search:
     vector: Vectors
     finish: Finish[Any]
     done: asyncio.Future[Any]
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Queries of one caller: ``left`` count as waiting or under way, of which ``begun`` are in a thread's hands."""
+
+    vectors: Vectors
+    search: SearchPart
+    finish: Finish[Any]
+    left: int
+    begun: int = 0
+    given_up: bool = False
 
 
 @dataclass(eq=False)
@@ -73,43 +88,98 @@ class Searches:
         """
         self._backlog.require_in_time(queries, seconds)
 
-    async def run(
-        self,
-        handle: IndexHandle,
-        work: Callable[[DocumentSearcher], T],
-        queries: int = 0,
-        seconds: float | None = None,
-    ) -> T:
-        """Run work that reads an index version; the version stays open until the thread is done with it.
+    async def run(self, handle: IndexHandle, work: Callable[[DocumentSearcher], T]) -> T:
+        """Run work that is short beside a search; the version stays open until the thread is done with it.
 
         A caller who is cancelled leaves the thread behind, and it must not find its files unmapped.
+        """
+        return await asyncio.wrap_future(self._submitted(handle, lambda: work(handle.searcher)))
+
+    async def search_batch(
+        self,
+        handle: IndexHandle,
+        vectors: Vectors,
+        search: SearchPart,
+        finish: Finish[T],
+        seconds: float | None = None,
+    ) -> T:
+        """Search a version for a batch of queries, in parts; once the caller is cancelled the rest is dropped.
 
         Args:
             handle: The version.
-            work: What to do with it.
-            queries: How many it is searched for; 0 for work that is short beside a search.
+            vectors: The queries, float32 ``[n, d]``.
+            search: Finds the rankings of a part.
+            finish: Makes the answer of all rankings, on the thread that found them.
             seconds: How long the caller waits; None if for ever.
 
         Raises:
-            OverloadedError: the work would be done too late; it was not queued.
+            OverloadedError: the search would be done too late; it was not queued.
         """
-        if queries:
-            self.require_in_time(queries, seconds)
-
-        def timed() -> T:
-            started = time.perf_counter()
-            done = work(handle.searcher)
-            self._backlog.learn(queries, time.perf_counter() - started)
-            return done
-
-        self._enter(handle, queries)
+        self.require_in_time(len(vectors), seconds)
+        batch = _Batch(vectors, search, finish, len(vectors))
+        running = self._submitted(handle, lambda: self._search_in_parts(handle.searcher, batch), batch)
         try:
-            running: Future[T] = self._pool.submit(timed)
-        except BaseException:
-            self._leave(handle, queries)
+            answer: T = await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            self._give_up(batch)
             raise
-        running.add_done_callback(lambda _: self._leave(handle, queries))
-        return await asyncio.wrap_future(running)
+        return answer
+
+    def _search_in_parts(self, searcher: DocumentSearcher, batch: _Batch) -> Any:
+        rankings: list[Ranking] = []
+        began = started = time.perf_counter()
+        # How long these queries take, whose filter or effort may be like nobody else's, only they can tell.
+        done, size = 0, min(_MOST_TOGETHER, self._backlog.within(_SECONDS_A_PART))
+        try:
+            while done < len(batch.vectors):
+                part = batch.vectors[done : done + size]
+                self._begin(batch, len(part))
+                rankings += batch.search(searcher, part)
+                done += len(part)
+                ended = time.perf_counter()
+                size = max(1, int(len(part) * _SECONDS_A_PART / max(ended - started, 1e-9)))
+                started = ended
+            if batch.given_up:
+                raise CancelledError
+            return batch.finish(searcher, rankings, time.perf_counter_ns())
+        finally:
+            self._backlog.learn(done, time.perf_counter() - began)
+
+    def _begin(self, batch: _Batch, queries: int) -> None:
+        """Count the part before as done, and begin another unless nobody waits for it."""
+        with self._lock:
+            if batch.given_up:
+                raise CancelledError
+            done, batch.begun = batch.begun, queries
+            batch.left -= done
+        self._backlog.progress(done)
+
+    def _give_up(self, batch: _Batch) -> None:
+        """Let the thread, if it has begun, end with the part that it has in hand."""
+        with self._lock:
+            batch.given_up = True
+            dropped = batch.left - batch.begun
+            batch.left = batch.begun
+        self._backlog.progress(dropped)
+
+    def _submitted(self, handle: IndexHandle, work: Callable[[], T], batch: _Batch | None = None) -> Future[T]:
+        """Have a thread do it; until it ends or is dropped the version is held, and what is left of a batch counted."""
+
+        def leave(_: Future[T] | None = None) -> None:
+            with self._lock:
+                left = 0
+                if batch is not None:
+                    left, batch.left, batch.begun = batch.left, 0, 0
+            self._leave(handle, left)
+
+        self._enter(handle, 0 if batch is None else batch.left)
+        try:
+            running = self._pool.submit(work)
+        except BaseException:
+            leave()
+            raise
+        running.add_done_callback(leave)
+        return running
 
     async def search(
         self, handle: IndexHandle, vector: Vectors, k: int, finish: Finish[T], seconds: float | None = None

@@ -25,14 +25,14 @@ from serve.indexes import watch
 from serve.logs import use_json
 from serve.metrics import Metrics, serve_metrics
 from serve.service import ADMIN_SERVICE, SERVICES, add_services
-from serve.tls import require_safe_address, server_credentials
+from serve.tls import server_credentials
 from serve.tracing import Tracer, open_tracer
 
 _log = logging.getLogger(__name__)
 _CONNECTION_OPTIONS = [
-    # Behind a balancer that spreads connections, long-lived ones would keep new servers idle.
+    # Behind a balancer that spreads connections, long-lived ones would keep new servers idle. Only new calls move to
+    # another connection: a grace would cut the streams that go on, and those that do not have limits of their own.
     ("grpc.max_connection_age_ms", 30 * 60_000),
-    ("grpc.max_connection_age_grace_ms", 5 * 60_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 
@@ -74,7 +74,7 @@ async def check(config: ServeConfig) -> dict[str, Any]:
     Raises:
         RkdError: what would keep the server from serving.
     """
-    require_safe_address(config.host, config.tls, config.insecure)
+    config.require_safe_addresses()
     for option, host, port in (
         ("--port", config.host, config.port),
         ("--admin-port", LOOPBACK, config.admin_port),
@@ -119,7 +119,7 @@ async def serve(
         ServeError: the port cannot be opened.
         RkdError: whatever ``load`` raises.
     """
-    require_safe_address(config.host, config.tls, config.insecure)
+    config.require_safe_addresses()
     metrics = metrics or Metrics()
     slot = EngineSlot()
     async with contextlib.AsyncExitStack() as stack:

@@ -319,11 +319,10 @@ async def _searched(
     if len(vectors) == 1 and not (options.exact or options.HasField("effort") or options.HasField("filter")):
         return await engine.searches.search(handle, vectors, k, finish, seconds)
 
-    def alone(searcher: DocumentSearcher) -> Outcome:
-        rankings = _search(searcher, vectors, k, options)
-        return finish(searcher, rankings, time.perf_counter_ns())
+    def search(searcher: DocumentSearcher, part: Vectors) -> list[Ranking]:
+        return _search(searcher, part, k, options)
 
-    return await engine.searches.run(handle, alone, len(vectors), seconds)
+    return await engine.searches.search_batch(handle, vectors, search, finish, seconds)
 
 
 def _search(searcher: DocumentSearcher, vectors: Vectors, k: int, options: pb.SearchOptions) -> list[Ranking]:

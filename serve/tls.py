@@ -102,6 +102,19 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def require_safe_metrics_address(host: str, insecure: bool) -> None:
+    """Refuse to serve metrics, which are never encrypted, where other machines can reach them.
+
+    Raises:
+        ServeError: says where to serve them, or how to insist.
+    """
+    if not insecure and not is_loopback(host):
+        raise ServeError(
+            f"--metrics-host {host} can be reached by other machines and metrics are not encrypted; serve them on "
+            "127.0.0.1, or give --insecure where something in front encrypts"
+        )
+
+
 def require_safe_address(host: str, tls: CertificateFiles | None, insecure: bool) -> None:
     """Refuse to listen in plain text where other machines can reach it.
 

@@ -22,10 +22,8 @@ from serve.vectors import from_message
 AnyQuery = pb.SearchRequest | pb.Query
 UNFIT = (DataError, pa.ArrowException, OverflowError)
 """What an index raises over values in a request that its fields cannot hold or be compared with."""
-MAX_ID_BYTES = 512
 _SMALLEST_HIT = len(pb.SearchResult(hits=[pb.Hit(doc_id="1", score=1.0, rank=1)]).SerializeToString())
 _BYTES = {"f32_le": 4, "f16_le": 2}
-MAX_FILTER_DEPTH = 32
 
 
 def search_violations(request: pb.SearchRequest, limits: Limits, dimension: int) -> list[Violation]:
@@ -75,7 +73,7 @@ def rerank_violations(request: pb.RerankRequest, limits: Limits) -> list[Violati
     if request.top_k > limits.max_top_k:
         violations.append(Violation("top_k", f"is {request.top_k}; give 0 to {limits.max_top_k}"))
     documents = request.documents[: limits.max_rerank_documents]
-    violations.extend(_ids([document.doc_id for document in documents], "documents[{}].doc_id"))
+    violations.extend(_ids([document.doc_id for document in documents], "documents[{}].doc_id", limits))
     for i, document in enumerate(documents):
         if document.text:
             violations.extend(_text(document.text, f"documents[{i}].text", limits))
@@ -86,7 +84,7 @@ def upsert_violations(request: pb.UpsertDocumentsRequest, limits: Limits, dimens
     """Return everything wrong with an UpsertDocuments request."""
     violations = list(_writes("documents", len(request.documents), limits))
     documents = request.documents[: limits.max_write_documents]
-    violations.extend(_ids([document.doc_id for document in documents], "documents[{}].doc_id"))
+    violations.extend(_ids([document.doc_id for document in documents], "documents[{}].doc_id", limits))
     for i, document in enumerate(documents):
         violations.extend(_struct(document.fields, f"documents[{i}].fields"))
         if document.HasField("vector"):
@@ -99,7 +97,7 @@ def upsert_violations(request: pb.UpsertDocumentsRequest, limits: Limits, dimens
 def delete_violations(request: pb.DeleteDocumentsRequest, limits: Limits) -> list[Violation]:
     """Return everything wrong with a DeleteDocuments request."""
     ids = request.doc_ids[: limits.max_write_documents]
-    return [*_writes("doc_ids", len(request.doc_ids), limits), *_ids(ids, "doc_ids[{}]")]
+    return [*_writes("doc_ids", len(request.doc_ids), limits), *_ids(ids, "doc_ids[{}]", limits)]
 
 
 def _query(query: AnyQuery, path: str, limits: Limits, dimension: int) -> Iterator[Violation]:
@@ -165,7 +163,7 @@ def _filter(root: pb.Filter, limits: Limits) -> Iterator[Violation]:
     """Bound a filter's size before anything walks it by recursion; its sense is the index's to judge."""
     terms = 0
     level = [root]
-    for _ in range(MAX_FILTER_DEPTH):
+    for _ in range(limits.max_filter_depth):
         terms += sum(max(1, len(one.among.values)) for one in level)
         if terms > limits.max_filter_terms:
             yield Violation("options.filter", f"has more than {limits.max_filter_terms} comparisons; simplify it")
@@ -173,7 +171,7 @@ def _filter(root: pb.Filter, limits: Limits) -> Iterator[Violation]:
         level = [child for one in level for child in _children(one)]
         if not level:
             return
-    yield Violation("options.filter", f"is more than {MAX_FILTER_DEPTH} levels deep; flatten it")
+    yield Violation("options.filter", f"is more than {limits.max_filter_depth} levels deep; flatten it")
 
 
 def _children(one: pb.Filter) -> Sequence[pb.Filter]:
@@ -188,11 +186,11 @@ def _children(one: pb.Filter) -> Sequence[pb.Filter]:
             return []
 
 
-def _ids(ids: Sequence[str], path: str) -> Iterator[Violation]:
+def _ids(ids: Sequence[str], path: str, limits: Limits) -> Iterator[Violation]:
     seen: set[str] = set()
     for i, doc_id in enumerate(ids):
-        if not doc_id.strip() or len(doc_id.encode()) > MAX_ID_BYTES:
-            yield Violation(path.format(i), f"must have 1 to {MAX_ID_BYTES} bytes")
+        if not doc_id.strip() or len(doc_id.encode()) > limits.max_id_bytes:
+            yield Violation(path.format(i), f"must have 1 to {limits.max_id_bytes} bytes")
         elif doc_id in seen:
             yield Violation(path.format(i), "occurs twice; give each id once")
         seen.add(doc_id)

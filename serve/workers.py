@@ -27,7 +27,7 @@ from pathlib import Path
 
 from retrieval_kd.errors import RkdError, ServeError
 from serve.config import LOOPBACK, ServeConfig
-from serve.tls import require_safe_address
+from serve.logs import use_json
 
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE = 0.5
@@ -153,7 +153,9 @@ def run_workers(config: ServeConfig, on_ready: Callable[[int], None] | None = No
     Raises:
         ServeError: the port cannot be opened, or no worker could begin to serve.
     """
-    require_safe_address(config.host, config.tls, config.insecure)
+    if config.json_logs:
+        use_json()
+    config.require_safe_addresses()
     cores = os.cpu_count() or 1
     threads = config.threads or max(1, cores // config.workers)
     with contextlib.ExitStack() as stack:

@@ -276,6 +276,7 @@ class Running:
 
 
 Start = Callable[..., Running]
+EXACT = IndexSpec("exact")
 
 
 class Documents:
@@ -293,14 +294,14 @@ class Documents:
             yield Document(doc_id, f"title {i}", text, {"number": i})
 
 
-def real_store(folder: Path, *counts: int) -> StoreSource:
+def real_store(folder: Path, *counts: int, spec: IndexSpec = EXACT) -> StoreSource:
     """Build one index version for each count of documents, the last one current, with stored fields."""
     for count in counts:
         documents = Documents(count)
         ids = sorted(documents.texts)
         vectors = FakeEncoder().texts_vectors([documents.texts[doc_id] for doc_id in ids])
         corpus = EncodedCorpus(ids, vectors, CARD, documents.fingerprint, documents.corpus_fingerprint)
-        build_index(corpus, IndexSpec("exact"), folder, CARD, collection=documents, fields=("title", "text", "number"))
+        build_index(corpus, spec, folder, CARD, collection=documents, fields=("title", "text", "number"))
     return StoreSource(folder)
 
 

@@ -17,7 +17,7 @@ from serve_fakes import CARD, DIMENSION, FakeEncoder, FakeSearcher, FakeSource, 
 
 from retrieval_kd.errors import ServeError
 from serve import client as client_module
-from serve.client import AsyncRetrievalClient, RetrievalClient
+from serve.client import AsyncRetrievalClient, RetrievalClient, SearchResult
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.limits import Limits
@@ -83,6 +83,39 @@ def test_one_client_serves_many_threads(client: RetrievalClient, encoder: FakeEn
         results = list(callers.map(client.search, texts))
     for result, ranking in zip(results, searcher.search(encoder.texts_vectors(texts), 10), strict=True):
         assert tuple(hit.doc_id for hit in result.hits) == ranking.doc_ids
+
+
+def test_a_query_of_a_stream_that_fails_is_told_in_its_place(client: RetrievalClient, server: Running) -> None:
+    """Fault: a blank line. Without it a file of a million queries would end there, wherever that is."""
+    texts = ["a", " ", "b", "x" * 40_000, "c"]
+
+    async def asynchronous() -> list[SearchResult | ServeError]:
+        async with AsyncRetrievalClient(server.target) as own:
+            return [outcome async for outcome in own.search_stream(texts)]
+
+    for found in (list(client.search_stream(texts)), asyncio.run(asynchronous())):
+        assert [str(one) for one in found if isinstance(one, ServeError)] == [
+            f"search_stream at {server.target}: query 1: text: is blank; give at least one word",
+            f"search_stream at {server.target}: query 3: text: has 40000 bytes; the limit is 32768",
+        ]
+        hits = [one.hits for one in found if isinstance(one, SearchResult)]
+        assert hits == [client.search(text).hits for text in "abc"]
+        assert [type(one) for one in found[1:4]] == [ServeError, SearchResult, ServeError]
+
+
+def test_a_text_of_a_stream_that_cannot_be_encoded_is_named(client: RetrievalClient, server: Running) -> None:
+    """Without it an array would have fewer rows than there are texts, or the one bad text of many not be found."""
+    texts = ["a"] * 40 + [" "] + ["b"] * 30
+    match = r"embed_stream at .*: of the 32 texts from number 32: texts\[8\]: is blank"
+    with pytest.raises(ServeError, match=match):
+        client.embed_stream(texts)
+
+    async def asynchronous() -> None:
+        async with AsyncRetrievalClient(server.target) as own:
+            await own.embed_stream(texts)
+
+    with pytest.raises(ServeError, match=match):
+        asyncio.run(asynchronous())
 
 
 @pytest.mark.parametrize(

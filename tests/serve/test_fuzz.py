@@ -1,7 +1,7 @@
 """Hostile requests on every call: whatever comes in, only statuses that the protocol documents go out."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grpc
@@ -10,7 +10,7 @@ from google.protobuf import struct_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
-from google.rpc import error_details_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ from serve_fakes import DIMENSION, FakeReranker, Start, real_store
 from test_hot_swap import TOKEN
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
+from serve import service
 
 DOCUMENTED = {
     grpc.StatusCode.OK,
@@ -26,6 +27,7 @@ DOCUMENTED = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
+CODES = {code.value[0]: code for code in grpc.StatusCode}
 EXAMPLES = 60
 METHODS = [method for service in pb.DESCRIPTOR.services_by_name.values() for method in service.methods]
 METHODS_BY_NAME = {method.name: method for method in METHODS}
@@ -85,27 +87,34 @@ def vectors() -> st.SearchStrategy[pb.Vector]:
     )
 
 
-def code_of(call: object) -> grpc.StatusCode:
+def codes_of(call: Callable[[], Sequence[Message]]) -> list[grpc.StatusCode]:
+    """Return how a call ended, and before it what became of each request of a stream."""
     try:
-        call()
-    except grpc.RpcError as failed:
-        error = failed
+        answers = call()
+    except grpc.RpcError as error:
+        ended = error
     else:
-        return grpc.StatusCode.OK
-    status = rpc_status.from_call(error)
-    assert status is not None, f"without details: {error}"
+        failed = [answer.error for answer in answers if "error" in answer.DESCRIPTOR.fields_by_name]
+        return [*(code_of(status) for status in failed if status.code), grpc.StatusCode.OK]
+    status = rpc_status.from_call(ended)
+    assert status is not None, f"without details: {ended}"
+    return [code_of(status)]
+
+
+def code_of(status: status_pb2.Status) -> grpc.StatusCode:
+    """Return a status' code; every status says by whom and why."""
     info = error_details_pb2.ErrorInfo()
-    assert any(detail.Unpack(info) for detail in status.details), error
+    assert any(detail.Unpack(info) for detail in status.details), status
     assert info.domain == "dense.retrieval"
-    return error.code()
+    return CODES[status.code]
 
 
 def serialized(message: Message) -> bytes:
     return message.SerializeToString()
 
 
-def calls(channel: grpc.Channel, method: MethodDescriptor) -> Callable[[Message], object]:
-    """Return what sends one request to a method and reads all of its answer."""
+def calls(channel: grpc.Channel, method: MethodDescriptor) -> Callable[[Message], list[Message]]:
+    """Return what sends a request to a method, to one of streams twice, and reads all of its answers."""
     path = f"/{method.containing_service.full_name}/{method.name}"
     reader = GetMessageClass(method.output_type).FromString
     metadata = [("authorization", f"Bearer {TOKEN}")]
@@ -113,7 +122,7 @@ def calls(channel: grpc.Channel, method: MethodDescriptor) -> Callable[[Message]
         call = channel.stream_stream(path, request_serializer=serialized, response_deserializer=reader)
         return lambda request: list(call(iter([request, request]), timeout=10, metadata=metadata))
     call = channel.unary_unary(path, request_serializer=serialized, response_deserializer=reader)
-    return lambda request: call(request, timeout=10, metadata=metadata)
+    return lambda request: [call(request, timeout=10, metadata=metadata)]
 
 
 @pytest.fixture
@@ -135,12 +144,38 @@ def test_any_request_is_answered_by_a_documented_status(channel: grpc.Channel, m
     @settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True)
     @given(messages(method.input_type))
     def examine(request: Message) -> None:
-        seen[code_of(lambda: call(request))] += 1
+        seen.update(codes_of(lambda: call(request)))
 
     examine()
     assert set(seen) <= DOCUMENTED, seen
     health = calls(channel, METHODS_BY_NAME["GetServerInfo"])
-    assert code_of(lambda: health(pb.GetServerInfoRequest())) is grpc.StatusCode.OK
+    assert codes_of(lambda: health(pb.GetServerInfoRequest())) == [grpc.StatusCode.OK]
+
+
+@pytest.mark.parametrize(
+    ("method", "servicer", "step", "request_"),
+    [
+        ("StreamSearch", service.Retrieval, "_search", pb.StreamSearchRequest()),
+        ("StreamEmbed", service.Embedding, "_embed", pb.StreamEmbedRequest()),
+        ("Search", service.Retrieval, "_search", pb.SearchRequest()),
+    ],
+)
+def test_a_fault_in_the_server_would_be_seen(
+    channel: grpc.Channel,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    servicer: type,
+    step: str,
+    request_: Message,
+) -> None:
+    """Without it whoever reads the answers could overlook every error, and the tests here pass whatever happens."""
+
+    async def fails(*_: object) -> None:
+        raise ValueError("a fault")
+
+    monkeypatch.setattr(servicer, step, fails)
+    call = calls(channel, METHODS_BY_NAME[method])
+    assert not set(codes_of(lambda: call(request_))) <= DOCUMENTED
 
 
 def test_wild_numbers_in_vectors_of_the_right_width_are_answered(channel: grpc.Channel) -> None:
@@ -151,7 +186,7 @@ def test_wild_numbers_in_vectors_of_the_right_width_are_answered(channel: grpc.C
     @settings(max_examples=150, deadline=None, database=None, derandomize=True)
     @given(vectors(), st.integers(1, 50))
     def examine(vector: pb.Vector, k: int) -> None:
-        seen[code_of(lambda: call(pb.SearchRequest(vector=vector, top_k=k)))] += 1
+        seen.update(codes_of(lambda: call(pb.SearchRequest(vector=vector, top_k=k))))
 
     examine()
     assert set(seen) == {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}
@@ -165,4 +200,4 @@ def test_bytes_that_are_no_message_are_refused(channel: grpc.Channel) -> None:
             raw(garbage, timeout=5, metadata=[("authorization", f"Bearer {TOKEN}")])
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     search = calls(channel, METHODS_BY_NAME["Search"])
-    assert len(search(pb.SearchRequest(text="a", top_k=3)).hits) == 3
+    assert len(search(pb.SearchRequest(text="a", top_k=3))[0].hits) == 3

@@ -89,16 +89,15 @@ def test_overload_is_refused_quickly_and_goodput_holds(start: Start) -> None:
 
     # Eight texts a batch: the encoder can do 32 a second, which leaves even a busy machine time to send and to read.
     seen = offered(running.target, 4 * 8 / SECONDS_PER_BATCH, 2.5, call)
-    total = len(seen.answered) + len(seen.refused) + len(seen.late)
     assert seen.other == []
+    assert seen.late == [], "who is admitted is answered in time"
     assert all(seconds is not None and seconds > 0 for seconds in seen.advice)
-    assert len(seen.refused) > total / 5
+    assert len(seen.refused) > len(seen.answered) / 4
     assert np.median(seen.refused) < np.median(seen.answered), "a refusal that comes late helps nobody"
-    # In the encoder's own measure, whatever the machine does beside it: full batches, and hardly one for nothing.
+    # In the encoder's own measure, whatever the machine does beside it: texts share batches, hardly one for nothing.
     encoded = sum(map(len, encoder.runs))
-    assert encoded > 0.5 * 8 * len(encoder.runs), "goodput under overload"
+    assert encoded > 3 * len(encoder.runs), "goodput under overload"
     assert len(seen.answered) > 0.8 * encoded, "work that is admitted is done in time"
-    assert len(seen.late) < len(seen.answered) / 5
     with RetrievalClient(running.target) as client:
         assert len(client.search("after the storm").hits) == 10
 
@@ -187,6 +186,25 @@ def test_an_overloaded_index_refuses_vector_queries_at_once(start: Start) -> Non
     assert len(seen.refused) > len(seen.answered)
     assert all(seconds is not None and seconds > 0 for seconds in seen.advice)
     assert np.median(seen.refused) < np.median(seen.answered) / 2, "a refusal that comes late helps nobody"
+
+
+def test_batches_that_nobody_waits_for_any_more_leave_the_index(start: Start) -> None:
+    """Fault: batches too large for their deadlines. Without it others are refused long after they have failed."""
+    running = start(searcher=FakeSource(SlowSearcher()))
+    vector = pb.Vector(floats=pb.FloatVector(values=[1.0] * DIMENSION))
+    batch = pb.BatchSearchRequest(queries=[pb.Query(vector=vector)] * 200, top_k=1)
+    with grpc.insecure_channel(running.target) as channel:
+        stub = rpc.RetrievalServiceStub(channel)
+        # Two threads search, each for twenty seconds.
+        late = stub.BatchSearch.future(batch, timeout=0.5)
+        leaving = stub.BatchSearch.future(batch, timeout=30)
+        assert late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        leaving.cancel()
+        running.wait_for("rkd_requests_in_flight", 0)
+        began = time.monotonic()
+        singles = [stub.Search.future(pb.SearchRequest(vector=vector, top_k=1), timeout=10) for _ in range(2)]
+        assert all(len(single.result().hits) == 1 for single in singles)
+        assert time.monotonic() - began < 5
 
 
 def test_clients_wait_as_they_are_told_and_then_succeed(start: Start) -> None:

@@ -15,6 +15,7 @@ from index.kinds import Effort
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd.errors import ServeError
+from serve import server as server_module
 from serve.client import Options, RetrievalClient
 from serve.limits import Limits
 from serve.vectors import from_message, to_message
@@ -71,8 +72,9 @@ def test_a_stream_is_held_back_and_not_refused(start: Start, encoder: FakeEncode
     assert {answer.WhichOneof("outcome") for answer in got} == {"response"}
 
 
+@pytest.mark.parametrize("deadline", [None, 3600])
 def test_a_stream_that_falls_silent_gives_its_place_back_and_one_that_goes_on_keeps_it(
-    start: Start, encoder: FakeEncoder
+    start: Start, encoder: FakeEncoder, deadline: int | None
 ) -> None:
     """Without it callers who open streams and say nothing would hold every place, and nobody else be answered."""
     running = start(encoder, limits=Limits(max_concurrent_requests=2, max_stream_idle_ms=1500))
@@ -89,8 +91,8 @@ def test_a_stream_that_falls_silent_gives_its_place_back_and_one_that_goes_on_ke
 
     with grpc.insecure_channel(running.target) as channel:
         stub = rpc.RetrievalServiceStub(channel)
-        left = stub.StreamSearch(silent())
-        going = stub.StreamSearch(slowly())
+        left = stub.StreamSearch(silent(), timeout=deadline)
+        going = stub.StreamSearch(slowly(), timeout=deadline)
         assert [answer.tag for answer in going] == list(range(5))
         with pytest.raises(grpc.RpcError) as ended:
             next(left)
@@ -99,6 +101,30 @@ def test_a_stream_that_falls_silent_gives_its_place_back_and_one_that_goes_on_ke
         assert details(ended.value, error_details_pb2.ErrorInfo).reason == "DEADLINE_EXCEEDED"
         running.wait_for("rkd_requests_in_flight", 0)
         assert len(stub.Search(pb.SearchRequest(text="a", top_k=1)).hits) == 1
+
+
+def test_a_stream_outlives_the_age_at_which_its_connection_takes_no_more_calls(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it an import of more than half an hour would die of the balancing of connections."""
+    hasty = [(name, max(1, value // 1800)) for name, value in server_module._CONNECTION_OPTIONS]
+    assert ("grpc.max_connection_age_ms", 1000) in hasty
+    monkeypatch.setattr(server_module, "_CONNECTION_OPTIONS", hasty)
+    running = start()
+
+    def slowly() -> Iterator[pb.StreamSearchRequest]:
+        for tag in range(10):
+            yield pb.StreamSearchRequest(tag=tag, search=pb.SearchRequest(text=f"text {tag}", top_k=1))
+            time.sleep(0.3)
+
+    answered = []
+    with grpc.insecure_channel(running.target) as channel:
+        stub = rpc.RetrievalServiceStub(channel)
+        for answer in stub.StreamSearch(slowly()):
+            assert answer.WhichOneof("outcome") == "response"
+            assert len(stub.Search(pb.SearchRequest(text="a", top_k=1)).hits) == 1
+            answered.append(answer.tag)
+    assert answered == list(range(10))
 
 
 def test_a_stream_that_is_left_stops_its_work(start: Start, encoder: FakeEncoder) -> None:

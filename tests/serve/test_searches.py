@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -309,3 +310,97 @@ def test_the_version_stays_open_until_the_last_thread_is_done() -> None:
 
     run(1, scenario)
     assert searcher.closed == 1
+
+
+class Batches:
+    """Searches in parts that each take a time of their own; notes their sizes."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.sizes: list[int] = []
+        self.begun = threading.Semaphore(0)
+
+    def __call__(self, searcher: DocumentSearcher, part: Vectors) -> list[Ranking]:
+        self.sizes.append(len(part))
+        self.begun.release()
+        time.sleep(self.seconds * len(part))
+        return searcher.search(part, 3)
+
+
+def every(_: DocumentSearcher, rankings: Sequence[Ranking], _found: int = 0) -> list[Found]:
+    return [(ranking.doc_ids, ranking.scores.tolist()) for ranking in rankings]
+
+
+def test_a_slow_batch_is_searched_in_parts_and_a_fast_one_nearly_whole() -> None:
+    """Parts of seconds are not left by a caller who goes; parts of one query cost what batches are there to save."""
+    slow, fast = Batches(0.03), Batches()
+
+    async def scenario(searches: Searches) -> None:
+        handle = IndexHandle(FakeSearcher())
+        expected = [alone(i, 3) for i in range(len(QUERIES))]
+        for _ in range(60):
+            searches._backlog.learn(1, 1e-4)
+        assert await searches.search_batch(handle, QUERIES, fast, every) == expected
+        assert await searches.search_batch(handle, QUERIES, slow, every) == expected
+
+    run(1, scenario)
+    assert fast.sizes == [16, 24]
+    # It looked fast until it was asked.
+    assert slow.sizes[0] == 16
+    assert slow.sizes[1:] == [1] * 24
+
+
+def test_what_is_left_of_a_batch_whose_caller_went_is_dropped() -> None:
+    """Otherwise a thread works for nobody until the batch ends, and others are refused for as long."""
+    batches = Batches(0.05)
+
+    async def scenario(searches: Searches) -> None:
+        handle = IndexHandle(FakeSearcher())
+        for _ in range(60):
+            searches._backlog.learn(1, 0.05)
+        running = asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every))
+        assert await asyncio.to_thread(batches.begun.acquire, timeout=20)
+        waiting = asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="the index is busy"):
+            await searches.search(handle, query(0), 3, first, seconds=1.0)
+        running.cancel()
+        waiting.cancel()
+        await asyncio.gather(running, waiting, return_exceptions=True)
+        assert searches._backlog._units <= 1
+        assert await searches.search(handle, query(0), 3, first, seconds=1.0) == alone(0, 3)
+
+    run(1, scenario)
+    assert sum(batches.sizes) < 5
+
+
+def test_a_batch_that_goes_on_counts_only_what_is_left_of_it() -> None:
+    """Whoever comes when a batch is almost done would be refused as if it had just begun."""
+    batches, left = Batches(), []
+
+    async def scenario(searches: Searches) -> None:
+        def noting(searcher: DocumentSearcher, part: Vectors) -> list[Ranking]:
+            left.append((searches._backlog._jobs, searches._backlog._units))
+            return batches(searcher, part)
+
+        await searches.search_batch(IndexHandle(FakeSearcher()), QUERIES, noting, every)
+
+    run(2, scenario)
+    done = [sum(batches.sizes[:i]) for i in range(len(batches.sizes))]
+    assert len(done) > 1
+    assert left == [(1, len(QUERIES) - some) for some in done]
+
+
+def test_a_part_that_fails_fails_its_batch_and_frees_the_version() -> None:
+    """Otherwise one bad query of many would keep the version mapped, and the index busy, for good."""
+    searcher = Recorder()
+
+    async def scenario(searches: Searches) -> None:
+        handle, vectors = IndexHandle(searcher), QUERIES.copy()
+        vectors[-1] = np.nan
+        with pytest.raises(ValueError, match="not finite"):
+            await searches.search_batch(handle, vectors, lambda some, part: some.search(part, 3), every)
+        handle.release()
+        assert searcher.closed
+
+    run(1, scenario)

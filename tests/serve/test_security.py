@@ -290,5 +290,10 @@ def test_only_addresses_of_this_machine_are_served_in_plain_text(start: Start, c
         start(host="0.0.0.0")
     for options in ({"insecure": True}, {"tls": certificates.files}):
         assert start(host="0.0.0.0", **options).port > 0
+    for options in ({"workers": 1}, {"tls": certificates.files}):
+        with pytest.raises(ServeError, match=r"--metrics-host 0.0.0.0 can be reached by other machines .* --insecure"):
+            start(metrics_host="0.0.0.0", metrics_port=0, **options)
+    assert start(metrics_host="0.0.0.0").port > 0, "where no metrics are served nobody can reach them"
+    assert start(metrics_host="0.0.0.0", metrics_port=0, insecure=True).port > 0
     assert [is_loopback(host) for host in ("127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost")] == [True] * 5
     assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "")] == [False] * 5

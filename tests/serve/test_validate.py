@@ -5,7 +5,14 @@ import pytest
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from serve.limits import Limits
-from serve.validate import batch_search_violations, embed_violations, search_violations
+from serve.validate import (
+    batch_search_violations,
+    delete_violations,
+    embed_violations,
+    rerank_violations,
+    search_violations,
+    upsert_violations,
+)
 
 LIMITS = Limits(max_batch_queries=3, max_top_k=5, max_text_bytes=8)
 
@@ -84,6 +91,29 @@ def test_an_oversized_batch_is_not_examined_entry_by_entry() -> None:
     request = pb.BatchSearchRequest(queries=[pb.Query()] * 1000, top_k=1)
     assert len(batch_search_violations(request, LIMITS, 2)) == 1 + LIMITS.max_batch_queries
     assert len(embed_violations(pb.EmbedRequest(texts=[""] * 1000), LIMITS)) == 1 + LIMITS.max_batch_queries
+
+
+def nested(levels: int) -> pb.Filter:
+    wanted = pb.Filter(equals=pb.FilterEquals(field="a", value=pb.FilterValue(integer=1)))
+    for _ in range(levels - 1):
+        wanted = pb.Filter(all_of=pb.FilterList(filters=[wanted]))
+    return wanted
+
+
+def test_ids_and_filters_keep_to_the_limits_that_the_server_reports() -> None:
+    """Without it a caller who goes by the reported limits is refused, or what is beyond them let in."""
+    limits = Limits(max_id_bytes=4, max_filter_depth=3)
+    for doc_id, wrong in (("éé", 0), ("ééa", 1)):
+        assert len(delete_violations(pb.DeleteDocumentsRequest(doc_ids=[doc_id]), limits)) == wrong
+        document = pb.Document(doc_id=doc_id, text="a")
+        assert len(upsert_violations(pb.UpsertDocumentsRequest(documents=[document]), limits, 2)) == wrong
+        reranked = pb.RerankRequest(query="a", documents=[pb.RerankDocument(doc_id=doc_id)])
+        assert len(rerank_violations(reranked, limits)) == wrong
+    for levels, wrong in ((3, 0), (4, 1)):
+        request = pb.SearchRequest(text="a", top_k=1, options=pb.SearchOptions(filter=nested(levels)))
+        assert len(search_violations(request, limits, 2)) == wrong
+    deepest = pb.SearchOptions(filter=nested(Limits().max_filter_depth))
+    assert pb.SearchOptions.FromString(deepest.SerializeToString()) == deepest, "protobuf itself refuses what is deeper"
 
 
 def test_an_unknown_encoding_is_refused_by_name() -> None:

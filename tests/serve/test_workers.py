@@ -1,5 +1,6 @@
 """Several processes on one port: they share the calls, are replaced when they die, and die with their parent."""
 
+import json
 import os
 import signal
 import socket
@@ -137,6 +138,22 @@ def test_workers_share_calls_and_metrics_and_a_dead_one_is_replaced(start: Start
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert can_bind(port)
+
+
+@pytest.mark.slow
+def test_every_process_logs_json_when_told(start: StartWorkers) -> None:
+    """Without it a collector of logs stumbles over the very line that says a worker has died."""
+    process, port = start("--workers", 2, "--log-format", "json")
+    assert answers(port)
+    first = children(process)
+    os.kill(first[0], signal.SIGKILL)
+    until(lambda: len(children(process)) == 2 and first[0] not in children(process))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    logged = [json.loads(line) for line in process.stderr.read().splitlines()]
+    (died,) = (entry for entry in logged if entry["logger"] == "serve.workers")
+    assert (died["level"], f"(pid {first[0]}) ended with -9" in died["message"]) == ("error", True)
+    assert any(entry["logger"] == "serve.access" for entry in logged)
 
 
 @pytest.mark.slow

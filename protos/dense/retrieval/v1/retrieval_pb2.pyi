@@ -525,7 +525,9 @@ class SearchOptions(_message.Message):
     """
     @_builtins.property
     def filter(self) -> Global___Filter:
-        """Only documents that match it are ranked; at most Limits.max_filter_terms comparisons."""
+        """Only documents that match it are ranked; at most Limits.max_filter_terms comparisons on at most
+        Limits.max_filter_depth levels.
+        """
 
     @_builtins.property
     def fields(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -913,7 +915,7 @@ class RerankDocument(_message.Message):
     DOC_ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     doc_id: _builtins.str
-    """The document's id."""
+    """The document's id, not blank, at most Limits.max_id_bytes bytes."""
     text: _builtins.str
     """Its text, at most Limits.max_text_bytes bytes; the text that the index stores when empty."""
     def __init__(
@@ -1386,7 +1388,7 @@ class Document(_message.Message):
     VECTOR_FIELD_NUMBER: _builtins.int
     FIELDS_FIELD_NUMBER: _builtins.int
     doc_id: _builtins.str
-    """The document's id, at most 512 bytes."""
+    """The document's id, not blank, at most Limits.max_id_bytes bytes."""
     text: _builtins.str
     """Its text, encoded by the server unless a vector is given; needs an encoder of documents."""
     @_builtins.property
@@ -1472,7 +1474,7 @@ class DeleteDocumentsRequest(_message.Message):
     DOC_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def doc_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """1 to Limits.max_write_documents ids; unknown ones are ignored."""
+        """1 to Limits.max_write_documents ids, each as Document.doc_id; unknown ones are ignored."""
 
     def __init__(
         self,
@@ -1641,6 +1643,8 @@ class Limits(_message.Message):
     MAX_STREAM_IN_FLIGHT_FIELD_NUMBER: _builtins.int
     MAX_EFFORT_FIELD_NUMBER: _builtins.int
     MAX_STREAM_IDLE_MS_FIELD_NUMBER: _builtins.int
+    MAX_ID_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_FILTER_DEPTH_FIELD_NUMBER: _builtins.int
     max_batch_queries: _builtins.int
     """Queries in one BatchSearch, texts in one Embed."""
     max_top_k: _builtins.int
@@ -1674,9 +1678,13 @@ class Limits(_message.Message):
     max_effort: _builtins.int
     """Each number of a SearchEffort."""
     max_stream_idle_ms: _builtins.int
-    """Longest silence of a stream without a deadline, milliseconds: when no request comes and no answer is
-    taken for so long, it ends with DEADLINE_EXCEEDED.
+    """Longest silence of a stream, milliseconds: when no request comes and no answer is taken for so long, it
+    ends with DEADLINE_EXCEEDED, whatever its deadline.
     """
+    max_id_bytes: _builtins.int
+    """Size of one document id in a request, in UTF-8 bytes."""
+    max_filter_depth: _builtins.int
+    """Levels of one filter."""
     def __init__(
         self,
         *,
@@ -1697,10 +1705,12 @@ class Limits(_message.Message):
         max_stream_in_flight: _builtins.int = ...,
         max_effort: _builtins.int = ...,
         max_stream_idle_ms: _builtins.int = ...,
+        max_id_bytes: _builtins.int = ...,
+        max_filter_depth: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_deadline_ms", b"default_deadline_ms", "max_batch_queries", b"max_batch_queries", "max_concurrent_requests", b"max_concurrent_requests", "max_deadline_ms", b"max_deadline_ms", "max_effort", b"max_effort", "max_fields", b"max_fields", "max_filter_terms", b"max_filter_terms", "max_message_bytes", b"max_message_bytes", "max_queued_texts", b"max_queued_texts", "max_queued_tokens", b"max_queued_tokens", "max_rerank_documents", b"max_rerank_documents", "max_set_members", b"max_set_members", "max_stream_idle_ms", b"max_stream_idle_ms", "max_stream_in_flight", b"max_stream_in_flight", "max_text_bytes", b"max_text_bytes", "max_top_k", b"max_top_k", "max_write_documents", b"max_write_documents"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_deadline_ms", b"default_deadline_ms", "max_batch_queries", b"max_batch_queries", "max_concurrent_requests", b"max_concurrent_requests", "max_deadline_ms", b"max_deadline_ms", "max_effort", b"max_effort", "max_fields", b"max_fields", "max_filter_depth", b"max_filter_depth", "max_filter_terms", b"max_filter_terms", "max_id_bytes", b"max_id_bytes", "max_message_bytes", b"max_message_bytes", "max_queued_texts", b"max_queued_texts", "max_queued_tokens", b"max_queued_tokens", "max_rerank_documents", b"max_rerank_documents", "max_set_members", b"max_set_members", "max_stream_idle_ms", b"max_stream_idle_ms", "max_stream_in_flight", b"max_stream_in_flight", "max_text_bytes", b"max_text_bytes", "max_top_k", b"max_top_k", "max_write_documents", b"max_write_documents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
