@@ -124,7 +124,14 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document to be searched: a text that the server encodes, or a vector, and fields to be stored."""
+    """A document to be searched.
+
+    Attributes:
+        doc_id: Its id.
+        text: Its text without its title, stored as the field ``text``.
+        vector: Its vector; when None the server encodes title and text as a build does, joined by a space.
+        fields: What else is stored with it, its ``title`` among it.
+    """
 
     doc_id: str
     text: str = ""

@@ -15,6 +15,7 @@ from google.protobuf.struct_pb2 import Struct, Value
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.errors import DataError
+from serve.documents import content
 from serve.errors import Violation
 from serve.limits import Limits
 from serve.vectors import from_message
@@ -92,7 +93,8 @@ def upsert_violations(request: pb.UpsertDocumentsRequest, limits: Limits, dimens
         if document.HasField("vector"):
             violations.extend(_vector(document.vector, f"documents[{i}].vector", dimension))
         else:
-            violations.extend(_text(document.text, f"documents[{i}].text", limits))
+            violations.extend(_text(content(document), f"documents[{i}].text", limits))
+        violations.extend(_title_and_text(document, f"documents[{i}].fields"))
     return violations
 
 
@@ -231,6 +233,16 @@ def _vector(message: pb.Vector, path: str, dimension: int) -> Iterator[Violation
         yield Violation(f"{path}.{encoding}", "holds NaN or infinity; give finite numbers")
     elif not _usable_length(vector):
         yield Violation(f"{path}.{encoding}", "has length zero or beyond 32-bit range; give a vector with a direction")
+
+
+def _title_and_text(document: pb.Document, path: str) -> Iterator[Violation]:
+    """Hold what is stored to what is encoded."""
+    for name, value in document.fields.fields.items():
+        kind = value.WhichOneof("kind")
+        if name in ("title", "text") and kind not in ("string_value", "null_value"):
+            yield Violation(f"{path}.{name}", "is no text; give one")
+        elif name == "text" and kind == "string_value" and document.text not in ("", value.string_value):
+            yield Violation(f"{path}.text", "is another text than the document's, which is stored; leave it out")
 
 
 def _struct(struct: Struct, path: str) -> Iterator[Violation]:

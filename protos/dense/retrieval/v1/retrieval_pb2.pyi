@@ -915,7 +915,9 @@ class RerankDocument(_message.Message):
     doc_id: _builtins.str
     """The document's id."""
     text: _builtins.str
-    """Its text, at most Limits.max_text_bytes bytes; the text that the index stores when empty."""
+    """Its text, at most Limits.max_text_bytes bytes; when empty, the title and text that the index stores, joined by
+    a space.
+    """
     def __init__(
         self,
         *,
@@ -1388,14 +1390,17 @@ class Document(_message.Message):
     doc_id: _builtins.str
     """The document's id, at most 512 bytes."""
     text: _builtins.str
-    """Its text, encoded by the server unless a vector is given; needs an encoder of documents."""
+    """Its text without its title, stored as the field "text"; may be given there instead. Unless a vector is given,
+    the server encodes title and text as a build does, joined by a space, together not blank and at most
+    Limits.max_text_bytes bytes; needs an encoder of documents.
+    """
     @_builtins.property
     def vector(self) -> Global___Vector:
         """Its vector, of the index's space."""
 
     @_builtins.property
     def fields(self) -> _struct_pb2.Struct:
-        """Fields to be stored."""
+        """Fields to be stored, its title as "title"; an index without fields "title" and "text" leaves these two out."""
 
     def __init__(
         self,
