@@ -10,7 +10,7 @@ import numpy as np
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
-from serve.documents import content, fields
+from serve.documents import content, stored_fields
 from serve.engine import EngineSlot
 from serve.errors import InvalidRequestError, Violation
 from serve.indexes import DocumentSearcher
@@ -48,15 +48,20 @@ class IndexAdmin(rpc.IndexAdminServiceServicer):
     ) -> pb.UpsertDocumentsResponse:
         """Add documents or replace them."""
         engine = self._slot.engine
-        _refuse(upsert_violations(request, self._limits, engine.index.searcher.dimension))
+        searcher = engine.index.searcher
+        _refuse(upsert_violations(request, self._limits, searcher.dimension, searcher.field_types))
         documents = request.documents
         texts = [content(document) for document in documents if not document.HasField("vector")]
         seconds = context.time_remaining()
         encoded = iter((await engine.embed(texts, "document", seconds)).vectors)
         vectors = np.stack([from_message(one.vector) if one.HasField("vector") else next(encoded) for one in documents])
         ids = [document.doc_id for document in documents]
-        stored = [fields(document) for document in documents]
-        version, count = await self._write("documents", lambda searcher: searcher.upsert(ids, vectors, stored))
+
+        def write(searcher: DocumentSearcher) -> None:
+            types = searcher.field_types
+            searcher.upsert(ids, vectors, [stored_fields(document, types) for document in documents])
+
+        version, count = await self._write("documents", write)
         return pb.UpsertDocumentsResponse(index_version=version, document_count=count)
 
     async def DeleteDocuments(  # noqa: N802

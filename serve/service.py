@@ -21,6 +21,7 @@ from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Ranking, rank
 from serve.engine import Embedded, Engine, EngineSlot
 from serve.errors import InvalidRequestError, OverloadedError, PreconditionError, UnknownError, Violation, to_status
+from serve.fields import stored_to_message
 from serve.filters import filter_from_message
 from serve.indexes import DocumentSearcher, IndexHandle
 from serve.limits import Limits
@@ -474,7 +475,7 @@ def _hits(searcher: DocumentSearcher, rankings: Sequence[Ranking], fields: Seque
     if fields:
         for some, stored in zip(hits, _fields(searcher, rankings, fields), strict=True):
             for hit, values in zip(some, stored, strict=True):
-                hit.fields.update(values)
+                hit.fields.CopyFrom(stored_to_message(values))
     return hits
 
 

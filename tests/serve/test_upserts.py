@@ -98,7 +98,7 @@ def violations(**parts: object) -> list[tuple[str, str]]:
     document = pb.Document(doc_id="a", **parts)
     document.fields.update(fields)
     request = pb.UpsertDocumentsRequest(documents=[document])
-    return [(one.field, one.description) for one in upsert_violations(request, Limits(max_text_bytes=8), 2)]
+    return [(one.field, one.description) for one in upsert_violations(request, Limits(max_text_bytes=8), 2, {})]
 
 
 def test_what_is_encoded_of_a_document_is_judged_as_a_whole() -> None:

@@ -854,7 +854,9 @@ class Hit(_message.Message):
     """Position in the ranking, from 1."""
     @_builtins.property
     def fields(self) -> _struct_pb2.Struct:
-        """The stored fields that were asked for."""
+        """The stored fields that were asked for. A number is a double, which does not tell integers beyond 2^53 - 1 in
+        magnitude apart: these are decimal strings, as 64-bit integers are in protobuf's JSON.
+        """
 
     def __init__(
         self,
@@ -1400,7 +1402,10 @@ class Document(_message.Message):
 
     @_builtins.property
     def fields(self) -> _struct_pb2.Struct:
-        """Fields to be stored, its title as "title"; an index without fields "title" and "text" leaves these two out."""
+        """Fields to be stored, its title as "title"; an index without fields "title" and "text" leaves these two out. An
+        integer beyond 2^53 - 1 in magnitude is given as a decimal string, which a field of numbers takes for one; as a
+        number it is refused in any field but one of floats.
+        """
 
     def __init__(
         self,
