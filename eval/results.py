@@ -20,7 +20,7 @@ class Facts:
         encode_ms_p50: Median milliseconds to turn one query into a vector, alone.
         query_ms_p50: Median milliseconds from query text to ranking, one query at a time.
         query_ms_p95: 95th percentile of the same.
-        bytes_per_doc: Size of the index over the number of documents.
+        bytes_per_doc: Size of the index, without stored fields, over the number of documents.
     """
 
     params: int | None = None

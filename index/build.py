@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from index.changes import Changes
-from index.documents import field_types, write_documents
+from index.documents import field_types, finite_fields, write_documents
 from index.ids import IDS, write_ids
 from index.kinds import resolved, write_ann
 from index.manifest import IndexContent, IndexManifest, check_files
@@ -63,8 +63,8 @@ def build_index(
 
     Raises:
         EncoderMismatch: queries would not lie in the documents' space.
-        DataError: no documents, a vector that is not finite, a dimension the encoder does not have, a field that no
-            document has, too few documents for the kind, or updates by another encoder; names what.
+        DataError: no documents, a vector or field that is not finite, a dimension the encoder does not have, a field
+            that no document has, too few documents for the kind, or updates by another encoder; names what.
         ArtifactError: the store cannot be written; what was published stays.
     """
     card = corpus.card
@@ -229,7 +229,7 @@ def _field_types(
         return {}
     if collection is None or collection.corpus_fingerprint != corpus.texts_fingerprint:
         raise DataError("stored fields: the collection is not the one that was encoded; give that one")
-    types = field_types((fields for _, fields in merged.fields(collection)), names)
+    types = field_types(finite_fields(merged.fields(collection), names), names)
     for name in names:
         if name not in types:
             known = {key for _, fields in merged.fields(collection) for key in fields}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,21 @@ def field_types(documents: Iterable[Fields], names: Sequence[str]) -> dict[str, 
             if fields.get(name) is not None:
                 seen[name].add(_type_of(fields[name]))
     return {name: _common(types) for name, types in seen.items() if types}
+
+
+def finite_fields(documents: Iterable[tuple[str, Fields]], names: Sequence[str]) -> Iterator[Fields]:
+    """Stream the fields of documents.
+
+    Raises:
+        DataError: one of those named holds NaN or infinity, which no client could read; names document and field.
+    """
+    for doc_id, fields in documents:
+        for name in names:
+            if not _is_finite(fields.get(name)):
+                raise DataError(
+                    f"document {doc_id!r}: field {name!r} holds NaN or infinity, which JSON has not; leave it out"
+                )
+        yield fields
 
 
 def document_fields(document: Document) -> dict[str, Any]:
@@ -190,6 +206,12 @@ def storable(fields: Fields, types: Mapping[str, str]) -> dict[str, Any]:
     """
     require_stored((name for name in fields if name not in ("title", "text")), types)
     return {name: _fitting(value, name, types[name]) for name, value in fields.items() if name in types}
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return all(map(_is_finite, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _type_of(value: Any) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from index.documents import DOCUMENTS, POSITIONS
 from retrieval_kd.artifacts import MANIFEST, FileEntry, Spec, file_sha256, read_json
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.errors import ArtifactError, RkdError
@@ -149,6 +150,12 @@ class IndexManifest:
     def bytes(self) -> int:
         """Return the size of all files in bytes."""
         return sum(entry.bytes for entry in self.files)
+
+    @property
+    def bytes_per_doc(self) -> float:
+        """Return the size for each document of what is searched, in bytes; stored fields say nothing of an index."""
+        stored = sum(entry.bytes for entry in self.files if entry.path in (DOCUMENTS, POSITIONS))
+        return (self.bytes - stored) / self.content.count
 
 
 def check_files(version: Path, manifest: IndexManifest) -> None:

@@ -217,8 +217,8 @@ class Searcher:
 
     @property
     def bytes_per_doc(self) -> float:
-        """Return the size of the version's files for each document, in bytes."""
-        return self._manifest.bytes / self._content.count
+        """Return the size of the version's files for each document, in bytes, without stored fields."""
+        return self._manifest.bytes_per_doc
 
     @property
     def effort(self) -> Effort:

@@ -52,7 +52,7 @@ def inspect(store: Path) -> dict[str, Any]:
         "dimension": content.dimension,
         "updates": len(updates.doc_ids) + len(updates.deleted),
         "bytes": manifest.bytes,
-        "bytes_per_doc": manifest.bytes / content.count,
+        "bytes_per_doc": manifest.bytes_per_doc,
         "document_encoder": content.document_encoder.to_json(),
         "query_encoder": content.query_encoder,
         "query_space": content.document_encoder.space_fingerprint,

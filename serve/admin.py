@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 import numpy as np
-from google.protobuf.json_format import MessageToDict
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
+from serve.documents import content, stored_fields
 from serve.engine import EngineSlot
 from serve.errors import InvalidRequestError, Violation
 from serve.indexes import DocumentSearcher
@@ -48,15 +48,20 @@ class IndexAdmin(rpc.IndexAdminServiceServicer):
     ) -> pb.UpsertDocumentsResponse:
         """Add documents or replace them."""
         engine = self._slot.engine
-        _refuse(upsert_violations(request, self._limits, engine.index.searcher.dimension))
+        searcher = engine.index.searcher
+        _refuse(upsert_violations(request, self._limits, searcher.dimension, searcher.field_types))
         documents = request.documents
-        texts = [document.text for document in documents if not document.HasField("vector")]
+        texts = [content(document) for document in documents if not document.HasField("vector")]
         seconds = context.time_remaining()
         encoded = iter((await engine.embed(texts, "document", seconds)).vectors)
         vectors = np.stack([from_message(one.vector) if one.HasField("vector") else next(encoded) for one in documents])
         ids = [document.doc_id for document in documents]
-        fields = [_fields(document) for document in documents]
-        version, count = await self._write("documents", lambda searcher: searcher.upsert(ids, vectors, fields))
+
+        def write(searcher: DocumentSearcher) -> None:
+            types = searcher.field_types
+            searcher.upsert(ids, vectors, [stored_fields(document, types) for document in documents])
+
+        version, count = await self._write("documents", write)
         return pb.UpsertDocumentsResponse(index_version=version, document_count=count)
 
     async def DeleteDocuments(  # noqa: N802
@@ -78,22 +83,3 @@ class IndexAdmin(rpc.IndexAdminServiceServicer):
 def _refuse(violations: Sequence[Violation]) -> None:
     if violations:
         raise InvalidRequestError(violations)
-
-
-def _fields(document: pb.Document) -> Mapping[str, Any]:
-    """Return what is stored with a document; a text that was encoded is stored too."""
-    fields: dict[str, Any] = {name: _plain(value) for name, value in MessageToDict(document.fields).items()}
-    if document.text:
-        fields.setdefault("text", document.text)
-    return fields
-
-
-def _plain(value: Any) -> Any:
-    """Protobuf's Struct knows floating point numbers only; a whole number is an integer again."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return value

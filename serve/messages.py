@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.errors import ServeError
+from serve.fields import fields_to_message
 from serve.filters import filter_to_message
 from serve.limits import Limits
 from serve.tls import is_loopback
@@ -30,7 +31,10 @@ _DETAILS = "grpc-status-details-bin"
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One document: its id, its float32 score, its rank from 1, and the stored fields that were asked for."""
+    """One document: its id, its float32 score, its rank from 1, and the stored fields that were asked for.
+
+    An integer beyond ``2**53 - 1`` in magnitude is among the fields as its decimal string.
+    """
 
     doc_id: str
     score: float
@@ -124,7 +128,14 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document to be searched: a text that the server encodes, or a vector, and fields to be stored."""
+    """A document to be searched.
+
+    Attributes:
+        doc_id: Its id.
+        text: Its text without its title, stored as the field ``text``.
+        vector: Its vector; when None the server encodes title and text as a build does, joined by a space.
+        fields: What else is stored with it, its ``title`` among it; JSON values.
+    """
 
     doc_id: str
     text: str = ""
@@ -283,13 +294,20 @@ def rerank_request(query: str, documents: Mapping[str, str] | Sequence[str], top
 
 
 def upsert_request(documents: Sequence[Document]) -> pb.UpsertDocumentsRequest:
-    """Return the request to add or replace documents."""
+    """Return the request to add or replace documents.
+
+    Raises:
+        ServeError: a field holds what JSON has not; names the document.
+    """
     request = pb.UpsertDocumentsRequest()
     for document in documents:
         message = request.documents.add(doc_id=document.doc_id, text=document.text)
         if document.vector is not None:
             message.vector.CopyFrom(_vector(document.vector))
-        message.fields.update(document.fields)
+        try:
+            message.fields.CopyFrom(fields_to_message(document.fields))
+        except ValueError as error:
+            raise ServeError(f"upsert: document {document.doc_id!r}: a field is no JSON value ({error})") from None
     return request
 
 

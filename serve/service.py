@@ -14,12 +14,14 @@ import numpy as np
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd import __version__
+from retrieval_kd.collections.base import Document
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Ranking, rank
 from serve.engine import Embedded, Engine, EngineSlot
 from serve.errors import InvalidRequestError, OverloadedError, PreconditionError, UnknownError, Violation, to_status
+from serve.fields import stored_to_message
 from serve.filters import filter_from_message
 from serve.indexes import DocumentSearcher, IndexHandle
 from serve.limits import Limits
@@ -379,13 +381,13 @@ async def _reranked(
 
 
 def _stored_texts(searcher: DocumentSearcher, doc_ids: Sequence[str]) -> dict[str, str]:
-    """Return the stored title and text of documents, joined by a space as the encoder has read them."""
+    """Return what the encoder has read of documents, as far as it is stored."""
     names = [name for name in TEXT_FIELDS if name in searcher.field_types]
     if not names:
         raise PreconditionError("texts", "the index stores neither title nor text; build it with them, or send texts")
     stored = _stored(searcher, doc_ids, names)
     return {
-        doc_id: " ".join(str(fields[name]) for name in names if fields.get(name))
+        doc_id: Document(doc_id, fields.get("title", ""), fields.get("text", "")).content
         for doc_id, fields in zip(doc_ids, stored, strict=True)
     }
 
@@ -472,7 +474,7 @@ def _hits(searcher: DocumentSearcher, rankings: Sequence[Ranking], fields: Seque
     if fields:
         for some, stored in zip(hits, _fields(searcher, rankings, fields), strict=True):
             for hit, values in zip(some, stored, strict=True):
-                hit.fields.update(values)
+                hit.fields.CopyFrom(stored_to_message(values))
     return hits
 
 

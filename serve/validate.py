@@ -6,16 +6,18 @@ Of a batch beyond the limit only as many entries are examined as the limit allow
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
-from google.protobuf.struct_pb2 import Struct, Value
+from google.protobuf.struct_pb2 import Value
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.errors import DataError
+from serve.documents import content
 from serve.errors import Violation
+from serve.fields import LARGEST, is_of
 from serve.limits import Limits
 from serve.vectors import from_message
 
@@ -80,17 +82,22 @@ def rerank_violations(request: pb.RerankRequest, limits: Limits) -> list[Violati
     return violations
 
 
-def upsert_violations(request: pb.UpsertDocumentsRequest, limits: Limits, dimension: int) -> list[Violation]:
-    """Return everything wrong with an UpsertDocuments request."""
+def upsert_violations(
+    request: pb.UpsertDocumentsRequest, limits: Limits, dimension: int, types: Mapping[str, str]
+) -> list[Violation]:
+    """Return everything wrong with an UpsertDocuments request, of an index of that vector width and those fields."""
     violations = list(_writes("documents", len(request.documents), limits))
     documents = request.documents[: limits.max_write_documents]
     violations.extend(_ids([document.doc_id for document in documents], "documents[{}].doc_id", limits))
     for i, document in enumerate(documents):
-        violations.extend(_struct(document.fields, f"documents[{i}].fields"))
+        for name, value in document.fields.fields.items():
+            whole = not is_of(types.get(name, ""), "float")
+            violations.extend(_json(value, f"documents[{i}].fields.{name}", whole))
         if document.HasField("vector"):
             violations.extend(_vector(document.vector, f"documents[{i}].vector", dimension))
         else:
-            violations.extend(_text(document.text, f"documents[{i}].text", limits))
+            violations.extend(_text(content(document), f"documents[{i}].text", limits))
+        violations.extend(_title_and_text(document, f"documents[{i}].fields"))
     return violations
 
 
@@ -231,22 +238,34 @@ def _vector(message: pb.Vector, path: str, dimension: int) -> Iterator[Violation
         yield Violation(f"{path}.{encoding}", "has length zero or beyond 32-bit range; give a vector with a direction")
 
 
-def _struct(struct: Struct, path: str) -> Iterator[Violation]:
-    for name, value in struct.fields.items():
-        yield from _json(value, f"{path}.{name}")
+def _title_and_text(document: pb.Document, path: str) -> Iterator[Violation]:
+    """Hold what is stored to what is encoded."""
+    for name, value in document.fields.fields.items():
+        kind = value.WhichOneof("kind")
+        if name in ("title", "text") and kind not in ("string_value", "null_value"):
+            yield Violation(f"{path}.{name}", "is no text; give one")
+        elif name == "text" and kind == "string_value" and document.text not in ("", value.string_value):
+            yield Violation(f"{path}.text", "is another text than the document's, which is stored; leave it out")
 
 
-def _json(value: Value, path: str) -> Iterator[Violation]:
-    """Find the numbers that JSON cannot write; protobuf bounds how deep a value is."""
+def _json(value: Value, path: str, whole: bool) -> Iterator[Violation]:
+    """Find the numbers that JSON cannot write or, where they may be integers (``whole``), a double cannot hold.
+
+    Protobuf bounds how deep a value is.
+    """
     match value.WhichOneof("kind"):
         case "number_value":
-            if not math.isfinite(value.number_value):
+            number = value.number_value
+            if not math.isfinite(number):
                 yield Violation(path, "is NaN or infinity; give a finite number, or leave the field out")
+            elif whole and number.is_integer() and abs(number) > LARGEST:
+                yield Violation(path, f"may be another integer, rounded to {number}; give it as a decimal string")
         case "struct_value":
-            yield from _struct(value.struct_value, path)
+            for name, member in value.struct_value.fields.items():
+                yield from _json(member, f"{path}.{name}", whole)
         case "list_value":
             for i, member in enumerate(value.list_value.values):
-                yield from _json(member, f"{path}[{i}]")
+                yield from _json(member, f"{path}[{i}]", whole)
 
 
 def _usable_length(vector: Vectors) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from shutil import copytree
@@ -22,12 +24,16 @@ from index.search import Searcher
 from retrieval_kd.artifacts import MANIFEST, PLAN, write_json
 from retrieval_kd.cli.main import app
 from retrieval_kd.cli.pipeline import _models, _require_same_recipe, _store, _version
+from retrieval_kd.collections import open_collection
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import ArtifactError
 from retrieval_kd.recipes.loader import load_recipe, resolved, shipped_recipes
-from retrieval_kd.runs import Shortlist
+from retrieval_kd.recipes.schema import CollectionSpec
+from retrieval_kd.runs import Shortlist, rank
 from retrieval_kd.stages import Workspace
 from retrieval_kd.teachers.cross_encoder import CrossEncoder
+from retrieval_kd.teachers.onnx_reranker import OnnxReranker
+from serve.client import Options, RetrievalClient
 
 RECIPES = sorted(set(shipped_recipes()) - {"demo"})
 MODES = ("asymmetric", "symmetric")
@@ -134,6 +140,36 @@ def test_rkd_run_from_recipe_to_report(tiny: Path, mode: str) -> None:
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert again.exit_code == 0
     assert (out / "report.json").stat().st_mtime_ns == before
+
+
+def test_a_served_run_reranks_and_shows_the_texts(tiny: Path) -> None:
+    """Without it a run could bring a reranker that its own index gives nothing to read."""
+    out, query = tiny / "run-reranked", "w1 w2 w3"
+    arguments = ["run", "rocketqa_v2", "--out", str(out), "--artifacts", str(tiny / "artifacts"), "--json"]
+    for override in [*overrides(tiny, "asymmetric"), *own_overrides(tiny, "rocketqa_v2")]:
+        arguments += ["--set", override]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    # What is stored for people and rerankers is no part of what systems are compared by.
+    systems = json.loads(done.stdout)["systems"]
+    sizes = {system["bytes_per_doc"] for system in systems if system["role"] in ("start", "student")}
+    assert len(sizes) == 1
+    verb = [sys.executable, "-m", "retrieval_kd.cli.main", "serve", str(out), "--port", "0", "--json"]
+    with subprocess.Popen(verb, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            target = f"127.0.0.1:{json.loads(server.stdout.readline())['port']}"
+            with RetrievalClient(target, timeout=60) as client:
+                found = client.search(query, top_k=9)
+                hits = client.search(query, top_k=5, options=Options(fields=["title", "text"], rerank_depth=9)).hits
+        finally:
+            server.terminate()
+    texts = open_collection(CollectionSpec(str(tiny / "tiny-collection"))).contents(hit.doc_id for hit in found.hits)
+    logits = OnnxReranker.load(out / "reranker").score(query, list(texts.values()))
+    expected = rank(list(texts), logits, 5)
+    assert [hit.doc_id for hit in hits] == list(expected.doc_ids)
+    assert [hit.score for hit in hits] == pytest.approx(expected.scores.tolist(), abs=1e-5)
+    assert [hit.fields for hit in hits] == [{"title": "", "text": texts[hit.doc_id]} for hit in hits]
 
 
 def test_what_a_recipe_names_decides_whether_its_report_is_made_again(tiny: Path, tmp_path: Path) -> None:

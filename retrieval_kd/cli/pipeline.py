@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,16 @@ STUDENT = "student"
 TEACHER = "teacher"
 RERANKER = "reranker"
 DOCUMENT_ENCODER = "document-encoder"
+SERVED_FIELDS = ("title", "text")
+"""What a run's index stores with each document: what a reranker reads, and people want to see."""
 
 
 def run_recipe(workspace: Workspace, out: Path, command: str) -> dict[str, Any]:
     """Run every stage of a recipe, evaluate what came out, and write the report into ``out``.
 
     ``out`` also gets links to the teacher, the document encoder, the trained student, its exported encoder
-    and its index store, so that ``rkd serve OUT`` works; and to the exported reranker that learnt along, if any.
+    and its index store, which has the documents' titles and texts, so that ``rkd serve OUT`` works; and to the
+    exported reranker that learnt along, if any.
 
     Returns:
         The content of ``report.json``.
@@ -168,11 +171,10 @@ def _evaluate(workspace: Workspace, folder: Path, command: str) -> None:
         else []
     )
     start = measured(_over_index(workspace, workspace.undistilled, f"layer cut, undistilled ({mode})", "start"))
-    offline = measured(_over_index(workspace, student, f"{recipe.name} student ({mode})", "student"))
+    name = f"{recipe.name} student ({mode})"
+    offline = measured(_over_index(workspace, student, name, "student", fields=SERVED_FIELDS))
     with serving(_store(workspace), workspace.last.served_export) as target, RetrievalClient(target) as client:
-        served = measured(
-            ServerSystem(f"{recipe.name} student ({mode}), gRPC", client, workspace.collection, student.card.parameters)
-        )
+        served = measured(ServerSystem(f"{name}, gRPC", client, workspace.collection, student.card.parameters))
     require_same_top_ten(offline.run or {}, served.run or {})
     write_report(
         folder,
@@ -213,17 +215,22 @@ def require_same_top_ten(offline: Run, served: Run) -> None:
             raise ServeError(f"query {query_id!r}: served and offline top ten differ; run with --debug and report it")
 
 
-def _over_index(workspace: Workspace, encoder: OnnxEncoder, name: str, role: str) -> IndexSystem:
-    return IndexSystem(name, role, encoder, Searcher.open(_version(workspace, encoder)))
+def _over_index(
+    workspace: Workspace, encoder: OnnxEncoder, name: str, role: str, fields: Sequence[str] = ()
+) -> IndexSystem:
+    return IndexSystem(name, role, encoder, Searcher.open(_version(workspace, encoder, fields)))
 
 
-def _version(workspace: Workspace, encoder: OnnxEncoder) -> Path:
+def _version(workspace: Workspace, encoder: OnnxEncoder, fields: Sequence[str] = ()) -> Path:
     """Build the index that an encoder's queries search, tuned to those of dev, and return its version folder."""
     spec, queries = workspace.recipe.index, None
     if spec.kind != "exact":
         queries = workspace.encoded_queries(workspace.dev[0], encoder)
     corpus = workspace.documents_for(encoder)
-    return build_index(corpus, spec, _store(workspace, encoder), encoder.card, queries=queries)
+    store = _store(workspace, encoder)
+    return build_index(
+        corpus, spec, store, encoder.card, queries=queries, collection=workspace.collection, fields=fields
+    )
 
 
 def _store(workspace: Workspace, encoder: OnnxEncoder | None = None) -> Path:

@@ -856,7 +856,9 @@ class Hit(_message.Message):
     """Position in the ranking, from 1."""
     @_builtins.property
     def fields(self) -> _struct_pb2.Struct:
-        """The stored fields that were asked for."""
+        """The stored fields that were asked for. A number is a double, which does not tell integers beyond 2^53 - 1 in
+        magnitude apart: these are decimal strings, as 64-bit integers are in protobuf's JSON.
+        """
 
     def __init__(
         self,
@@ -917,7 +919,9 @@ class RerankDocument(_message.Message):
     doc_id: _builtins.str
     """The document's id, not blank, at most Limits.max_id_bytes bytes."""
     text: _builtins.str
-    """Its text, at most Limits.max_text_bytes bytes; the text that the index stores when empty."""
+    """Its text, at most Limits.max_text_bytes bytes; when empty, the title and text that the index stores, joined by
+    a space.
+    """
     def __init__(
         self,
         *,
@@ -1390,14 +1394,20 @@ class Document(_message.Message):
     doc_id: _builtins.str
     """The document's id, not blank, at most Limits.max_id_bytes bytes."""
     text: _builtins.str
-    """Its text, encoded by the server unless a vector is given; needs an encoder of documents."""
+    """Its text without its title, stored as the field "text"; may be given there instead. Unless a vector is given,
+    the server encodes title and text as a build does, joined by a space, together not blank and at most
+    Limits.max_text_bytes bytes; needs an encoder of documents.
+    """
     @_builtins.property
     def vector(self) -> Global___Vector:
         """Its vector, of the index's space."""
 
     @_builtins.property
     def fields(self) -> _struct_pb2.Struct:
-        """Fields to be stored."""
+        """Fields to be stored, its title as "title"; an index without fields "title" and "text" leaves these two out. An
+        integer beyond 2^53 - 1 in magnitude is given as a decimal string, which a field of numbers takes for one; as a
+        number it is refused in any field but one of floats.
+        """
 
     def __init__(
         self,
