@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import WORDS, tiny_encoder
+from tokenizers import Tokenizer
 
 from retrieval_kd.collections.base import Document
 from retrieval_kd.encoders.corpus import EncodedCorpus
@@ -23,12 +24,12 @@ from retrieval_kd.mining.candidates import CandidateList
 from retrieval_kd.recipes.loader import load_recipe, shipped_recipes
 from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec, StudentSpec
 from retrieval_kd.students.build import build_student
-from retrieval_kd.training import loop
+from retrieval_kd.teachers.pairs import PairTokenizer
 from retrieval_kd.training.batches import TrainingSet
 from retrieval_kd.training.dev import DevSet
 from retrieval_kd.training.loop import _Run, train
 from retrieval_kd.training.machine import Machine
-from retrieval_kd.training.towers import DocumentTower, FrozenDocuments, LayerTeacher, LiveDocuments
+from retrieval_kd.training.towers import DocumentTower, FrozenDocuments, JointReranker, LayerTeacher, LiveDocuments
 
 SCHEDULE = ScheduleSpec(epochs=3, batch_queries=8, learning_rate=3e-3, evaluations=3, checkpoints=6, micro_tokens=64)
 LOSSES_OF_A_RECIPE = (
@@ -104,6 +105,22 @@ class Job:
         return train(self.student, self.documents, self.data, dev, losses, schedule, 3, folder, **options)
 
 
+def reranker(work: Job, rate: float = 1e-3, dropout: float = 0.1) -> JointReranker:
+    """Return a fresh cross-encoder over the job's texts; with dropout its draws matter too."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    files = tiny_encoder().tokenizer_files
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1,
+        initializer_range=0.3, pad_token_id=0, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        module = BertForSequenceClassification(config)
+    tokenizer = PairTokenizer(Tokenizer.from_buffer(files["tokenizer.json"]), module, 32)
+    return JointReranker(module, tokenizer, work.texts.query_texts, work.texts, rate)  # type: ignore[arg-type]
+
+
 def job(folder: Path, mode: str = "asymmetric", dropout: float = 0.0, **options: Any) -> tuple[TorchEncoder, Any]:
     """Train and return the student and the run's summary."""
     work = Job(mode, dropout)
@@ -123,17 +140,17 @@ def _interrupt() -> None:
 @contextlib.contextmanager
 def stopping_after(steps: int, stop: Callable[[], None] = _interrupt) -> Iterator[None]:
     """Stop a run within the block as it begins the step after ``steps``."""
-    assemble, begun = loop.assemble, 0
+    step, begun = _Run.step, 0
 
     def stopped(*arguments: Any) -> Any:
         nonlocal begun
         begun += 1
         if begun > steps:
             stop()
-        return assemble(*arguments)
+        return step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(loop, "assemble", stopped)
+        patch.setattr(_Run, "step", stopped)
         yield
     assert begun == steps + 1
 
