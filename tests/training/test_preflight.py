@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from training_jobs import ROWS, SCHEDULE, Job, reranker
+from training_jobs import ROWS, SCHEDULE, Job, matrix, reranker
 
 from retrieval_kd.errors import DataError
 from retrieval_kd.recipes.schema import LossSpec
@@ -153,18 +153,6 @@ def scored_live(source: str, scale: float) -> Callable[[Path, LossSpec], tuple[s
         return tuple(work.run(folder, (spec,), SHORT, **options)["warnings"])
 
     return warned
-
-
-def matrix(work: Job, scale: float) -> Callable[[Sequence[str], Sequence[str]], Tensor]:
-    """Return a late-interaction teacher whose scores are the encoder's, made longer."""
-    targets = {item.query_id: row for item, row in zip(work.data.lists, work.data.query_targets, strict=True)}
-
-    def score(query_ids: Sequence[str], doc_ids: Sequence[str]) -> Tensor:
-        documents = work.corpus.vectors[[work.corpus.row_of[doc_id] for doc_id in doc_ids]]
-        queries = np.stack([targets[query_id] for query_id in query_ids])
-        return torch.from_numpy(scale * queries @ documents.T)
-
-    return score
 
 
 LIVE = [
