@@ -196,7 +196,7 @@ class TrainingStage:
         """Return where the stage's result lies, and its identity."""
         workspace = self._workspace
         recipe, stage = workspace.recipe, self.spec
-        config = {
+        config: dict[str, Any] = {
             "student": dataclasses.asdict(recipe.student),
             "losses": [dataclasses.asdict(loss) for loss in stage.losses],
             "schedule": dataclasses.asdict(stage.schedule),
