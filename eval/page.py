@@ -63,6 +63,7 @@ def render_page(report: Report) -> str:
         comparisons=_comparisons_by_measure(report),
         marks=_significance_marks(report),
         benched=[system for system in report["systems"] if system.get("cost")],
+        diagnostics={name: found for name, curve in report["training"].items() if (found := curve.get("diagnostics"))},
         plots={plot.section: [p for p in drawn if p.section == plot.section] for plot in drawn},
         plot_rules=Markup(plots.RULES),  # noqa: S704 - our own style sheet
     )
@@ -196,13 +197,23 @@ def _short(name: str) -> str:
     return name if len(name) <= 34 else f"{name[:33]}…"
 
 
+_TRAINING_PLOTS = {
+    "loss": ("Training loss", "loss"),
+    "dev": ("Quality on dev, by the judgements", "nDCG@10 on dev"),
+    "agreement_top1": ("Agreement: lists whose first document is the teacher's", "share of lists"),
+    "agreement_kendall": ("Agreement: rank correlation with the teacher", "Kendall's tau"),
+    "agreement_kl": ("Agreement: divergence from the teacher's lists, 0 at best", "KL divergence"),
+}
+
+
 def _training_plots(report: Report) -> Iterator[Plot]:
     curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]] = report["training"]
-    titles = {"loss": ("Training loss", "loss"), "dev": ("Dev quality", "nDCG@10 on dev")}
-    for kind, (title, label) in titles.items():
-        series = {name: curve[kind] for name, curve in curves.items() if curve[kind]}
+    for kind, (title, label) in _TRAINING_PLOTS.items():
+        # A report of an earlier version has fewer curves.
+        series = {name: points for name, curve in curves.items() if (points := curve.get(kind))}
         if series:
-            yield Plot(f"training-{kind}", "training", title, functools.partial(_draw_lines, series, label))
+            slug = f"training-{kind.replace('_', '-')}"
+            yield Plot(slug, "training", title, functools.partial(_draw_lines, series, label))
 
 
 def _draw_lines(series: Mapping[str, Sequence[tuple[float, float]]], label: str, width: int, height: int) -> str:

@@ -86,8 +86,7 @@ def test_commands_run(tiny: Path, served: str, tmp_path: Path, command: str) -> 
         mode = "symmetric" if "symmetric" in command else "asymmetric"
         overrides = tiny_overrides(tiny, mode)
     if "teacher.model" in command:
-        overrides = [override for override in overrides if not override.startswith("teacher=")]
-        overrides.append("teacher.max_length=48")
+        overrides = [override for override in overrides if not override.startswith("teacher.fine_tune")]
     if "msmarco" in command:
         spoken += " --split test"
     assert run(tiny, spoken, overrides, f"out-{spoken.split()[2]}" if verb == "run" else "")

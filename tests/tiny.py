@@ -112,13 +112,24 @@ def tiny_collection_folder(folder: Path, per_topic: int = 6, seed: int = 0) -> P
 
 
 def tiny_overrides(root: Path, mode: str) -> list[str]:
-    """Return the overrides that shrink a recipe to the tiny collection and encoder under ``root``."""
+    """Return the overrides that shrink a recipe to the tiny collection and encoder under ``root``.
+
+    They are of single keys: a section that is set as a whole loses what the recipe says in it.
+    """
     return [
         f"collection={root / 'tiny-collection'}",
         f"encoder={{model: {root / 'tiny-encoder'}, max_length: 24}}",
-        f"student={{mode: {mode}, layers: [1]}}",
-        "candidates={depth: 20, window: [1, 10], negatives: 3}",
-        f"teacher={{max_length: 48, fine_tune: {{start: {root / 'tiny-encoder'}, batch_queries: 8}}}}",
-        "schedule={epochs: 4, batch_queries: 8, learning_rate: 0.003, evaluations: 2, checkpoints: 2}",
+        f"student.mode={mode}",
+        "student.layers=[1]",
+        "candidates.depth=20",
+        "candidates.window=[1, 10]",
+        "candidates.negatives=3",
+        "teacher.max_length=48",
+        f"teacher.fine_tune={{start: {root / 'tiny-encoder'}, batch_queries: 8}}",
+        "schedule.epochs=4",
+        "schedule.batch_queries=8",
+        "schedule.learning_rate=0.003",
+        "schedule.evaluations=2",
+        "schedule.checkpoints=2",
         "evaluation.rerank_depth=5",
     ]

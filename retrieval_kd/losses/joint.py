@@ -19,6 +19,7 @@ def joint_listwise(
     reduction: Reduction = "batchmean",
     detach_teacher: bool = False,
     scale: Positive = 1.0,
+    teacher_temperature: Positive = 1.0,
 ) -> Tensor:
     """Cross-entropy of the live teacher on the positive (column 0), plus the divergence of both lists.
 
@@ -34,10 +35,17 @@ def joint_listwise(
         reduction: As in ``listwise_kl``.
         detach_teacher: Teach the reranker by its labels alone.
         scale: Factor on the student's scores; cosines need one to reach what logits reach.
+        teacher_temperature: Divides the teacher's scores in the divergence.
 
     Source: RocketQAv2 (Ren et al. 2021, arXiv 2110.07367).
     """
     divergence = listwise_kl(
-        scale * student, teacher, mask, direction=direction, reduction=reduction, detach_teacher=detach_teacher
+        scale * student,
+        teacher,
+        mask,
+        teacher_temperature=teacher_temperature,
+        direction=direction,
+        reduction=reduction,
+        detach_teacher=detach_teacher,
     )
     return cross_entropy(teacher, mask, positives) + divergence

@@ -8,11 +8,12 @@ nor whether the documents are frozen, nor how many processes share a batch.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +42,8 @@ from retrieval_kd.training.towers import DocumentTower, JointReranker, LayerTeac
 LAST = "checkpoints/last.safetensors"
 BEST = "checkpoints/best.safetensors"
 
+# Steps whose teachers are looked at before training.
+_PREVIEWED = 3
 _log = logging.getLogger(__name__)
 
 
@@ -119,17 +122,18 @@ def train(
 
     Raises:
         RecipeError: as :func:`check_losses`, widths that do not fit, or a precision the device lacks.
-        DataError: the loss is not finite; names step and terms.
+        DataError: the loss is not finite, or a teacher's score is not; names step and terms, or query and document.
     """
     check_losses(losses, pairwise=data.preferences is not None)
-    warnings = teacher_warnings(data, losses)
     machine = Machine(schedule.precision)
+    run = _Run(machine, student, documents, data, losses, schedule, layer_teacher, joint)
+    first = itertools.islice(_steps(len(data.lists), schedule, seed, start=0), _PREVIEWED)
+    stored = data if joint is None else replace(data, teacher=None)
+    warnings = teacher_warnings(stored, losses, (run.preview(positions) for _, _, positions in first))
     if machine.main:
         for line in warnings:
             _log.warning(line)
-    run = _Run(machine, student, documents, data, losses, schedule, layer_teacher, joint)
     total = schedule.steps(len(data.lists))
-
     at = Progress()
     # The first process may still be clearing the folder of another run.
     machine.wait()
@@ -264,8 +268,11 @@ class _Run:
             group["lr"] = group["peak"] * pace
         self.trained.train()
         passes = Passes(self.machine, self.schedule.micro_tokens, self.schedule.gradient_cache)
-        step = self._look(assemble(self.data, positions).to(self.machine.device), extra, passes)
-        losses = self.terms(step)
+        try:
+            step = self._look(assemble(self.data, positions).to(self.machine.device), extra, passes)
+            losses = self.terms(step)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
         loss = self.terms.total(losses)
         values = {label: value.item() for label, value in losses.items()}
         if not torch.isfinite(loss):
@@ -292,6 +299,14 @@ class _Run:
             "queries_per_second": len(positions) / seconds,
             "texts_per_second": passes.texts / seconds,
         }
+
+    @torch.no_grad()
+    def preview(self, positions: npt.NDArray[np.int64]) -> Step:
+        """Return the step of a batch's queries as the losses would read it, without gradients and dropout."""
+        self.trained.eval()
+        # Cached passes keep nothing to go back through.
+        passes = Passes(self.machine, self.schedule.micro_tokens, cached=True)
+        return self._look(assemble(self.data, positions).to(self.machine.device), None, passes)
 
     def _look(self, batch: Batch, extra: npt.NDArray[np.int64] | None, passes: Passes) -> Step:
         """Encode the batch's texts, each once by everyone who has something to say about it."""
@@ -327,7 +342,7 @@ class _Run:
             extra_vectors = (encoded, torch.from_numpy(np.asarray(self.data.extra.targets[extra])).to(encoded))
         targets = self.documents.targets(batch.doc_ids)
         vectors = documents.vectors.to(queries.vectors)
-        return Step(
+        step = Step(
             batch=batch,
             queries=queries.vectors,
             documents=vectors,
@@ -342,6 +357,11 @@ class _Run:
             extra=extra_vectors,
             unit=self.queries.encoder.card.normalize,
         )
+        if self.joint is not None:
+            step.require_finite("scores", "mend the teacher or lower joint.learning_rate")
+        if step.maxsim is not None:
+            step.require_finite("late_interaction", "mend the teacher")
+        return step
 
     def _live_scores(self, joint: JointReranker, batch: Batch, passes: Passes) -> Tensor:
         lists, ranks = batch.mask.nonzero(as_tuple=True)

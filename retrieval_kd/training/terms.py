@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrieval_kd.errors import RecipeError
+from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.losses.inputs import EmbeddingInputs, InBatchInputs, Inputs, PairInputs, ScoreInputs, StackInputs
 from retrieval_kd.losses.registry import Kind, LossInfo, bind, bind_state, loss_info
 from retrieval_kd.losses.state import LossState
@@ -130,6 +130,21 @@ class Step:
         filled = torch.where(self.batch.mask, self.teacher, 0.0)
         scores = filled.new_zeros(listed.shape).scatter_add(1, self.batch.columns, filled)
         return scores, listed
+
+    def require_finite(self, teacher: Teacher, remedy: str) -> None:
+        """Refuse a teacher's score that is not a number.
+
+        Raises:
+            DataError: names the query, the document and the remedy.
+        """
+        scores, scored = self.in_batch_teacher(teacher)
+        if scores is None or bool((scores.isfinite() | ~scored).all()):
+            return
+        row, column = (scored & ~scores.isfinite()).nonzero()[0].tolist()
+        raise DataError(
+            f"teacher: the score of query {self.batch.query_ids[row]!r} and document {self.batch.doc_ids[column]!r} is "
+            f"{scores[row, column].item()}; {remedy}"
+        )
 
     def listed(self) -> Tensor:
         """Return which documents stand in each query's own list, bool ``[B, C]``."""

@@ -13,16 +13,18 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from eval.curves import read_curves
+from eval import formats
+from eval.curves import AGREEMENT, DIAGNOSTICS, read_curves
 from eval.fidelity import Fidelity, agreement_entry
 from eval.measures import evaluate
-from eval.page import render_page
+from eval.page import render_page, report_plots
 from eval.reference import reference_rows
 from eval.report import merge_reports, write_report
 from eval.results import Facts, SystemResult
 from eval.tables import format_table, markdown_table
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import rank, read_trec
+from retrieval_kd.training.metrics import MEANS
 
 MEASURES = ("nDCG@10", "RR@10", "R@100")
 QRELS = {f"q{number}": {"d0": 1} for number in range(12)}
@@ -244,6 +246,51 @@ def test_curves_average_down_and_keep_the_last_of_a_repeated_step(tmp_path: Path
     assert {value for _, value in curves["loss"]} == {2.0}
     assert curves["loss"][-1][0] == 1000
     assert curves["dev"] == [(10.0, 0.25)]
+
+
+def test_imitation_and_quality_are_told_apart(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """Without it a student that follows its teacher ever closer and ranks ever worse looks well trained."""
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("new", "old")}
+    steps = [
+        {"event": "train", "step": step, "loss": 1.0, **{key: i + step / 1000 for i, key in enumerate(DIAGNOSTICS)}}
+        for step in range(1, 1001)
+    ]
+    # fp16 left a step out, and a resumed run logged it again; lists without an order have no tau.
+    steps += [{**steps[-1], "gradient_norm": None}, {**steps[0], "agreement_kendall": None}]
+    steps += [{"event": "dev", "step": step, "nDCG@10": 0.5 - step / 4000} for step in (0, 500, 1000)]
+    paths["new"].write_text("".join(json.dumps(event) + "\n" for event in steps))
+    paths["old"].write_text('{"event": "train", "step": 1, "loss": 1.0}\n')
+    report = _write(tmp_path, systems, training=paths)
+    told, silent = report["training"]["new"], report["training"]["old"]
+    for i, key in enumerate(AGREEMENT):
+        assert 300 < len(told[key]) <= 400
+        assert told[key][-1] == pytest.approx((1000, i + 1.0), abs=2e-3)
+        assert silent[key] == []
+    assert silent["diagnostics"] == {}
+    assert set(told["diagnostics"]) == set(DIAGNOSTICS)
+    assert told["diagnostics"]["padding"] == pytest.approx({"mean": 6.5005, "last": 6.9505})
+    assert told["diagnostics"]["gradient_norm"] == pytest.approx({"mean": 5.5, "last": 5.9495})
+    drawn = {plot.slug for plot in report_plots(report)}
+    assert drawn == {
+        "quality-latency", "training-loss", "training-dev",
+        "training-agreement-top1", "training-agreement-kendall", "training-agreement-kl",
+    }  # fmt: skip
+    text = _page((tmp_path / "report.html").read_text()).text
+    assert "a student may imitate better and rank worse on dev" in text
+    for key, found in told["diagnostics"].items():
+        write = formats.quality if key in AGREEMENT else formats.milliseconds
+        assert write(found["last"]) + write(found["mean"]) in text, key
+    for curve in report["training"].values():
+        for key in ("diagnostics", *AGREEMENT):
+            curve.pop(key)
+    older = _page(render_page(report)).text
+    assert "Quality on dev" in older
+    assert "Diagnostics" not in older
+
+
+def test_the_report_leaves_out_no_diagnostic_that_training_logs() -> None:
+    """Without it a diagnostic added to the log would be looked for in the report in vain."""
+    assert {*MEANS, "texts_per_second"} == {"loss", *DIAGNOSTICS}
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ CHECKS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("scaled_listwise_kl", {"low": -1.0, "high": 2.0}, ("student",)),
     ("joint_listwise", {}, ("student", "teacher")),
     ("joint_listwise", {"direction": "student_teacher", "reduction": "mean"}, ("student", "teacher")),
+    ("joint_listwise", {"teacher_temperature": 3.0}, ("student", "teacher")),
     ("prod", {}, ("student",)),
     ("learning_without_forgetting", {}, ("student",)),
     ("taid", {}, ("student",)),

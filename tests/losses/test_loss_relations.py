@@ -205,6 +205,15 @@ def test_rocketqav2_mean_is_batchmean_over_length_and_detaching_leaves_the_label
     )
 
 
+def test_a_temperature_of_the_joint_teacher_leaves_its_labels_alone() -> None:
+    """It softens what the student sees; in the cross-entropy it would train the reranker to logits as much larger."""
+    inputs, options = random_inputs("scores"), {"teacher_temperature": 3.0}
+    labels = value("cross_entropy", dataclasses.replace(inputs, student=inputs.teacher))
+    assert value("joint_listwise", inputs, options).item() == pytest.approx(
+        (labels + value("listwise_kl", inputs, options)).item()
+    )
+
+
 def test_taid_starts_with_no_gradient_and_ends_as_kl() -> None:
     """At blend 0 the target is the student itself; at 1 the teacher; in between a constant."""
     inputs = random_inputs("scores")

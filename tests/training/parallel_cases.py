@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tiny import tiny_collection_folder, tiny_encoder_folder, tiny_overrides
-from training_jobs import Job, cases, one_step
+from training_jobs import Job, cases
 from typer.testing import CliRunner
 
 from retrieval_kd.cli.main import app
@@ -22,10 +22,10 @@ def main(folder: Path) -> None:
     assert machine.agree(told if machine.main else {}) == told
     assert machine.agree(machine.main) is True
     found: dict[str, torch.Tensor] = {}
-    for label, losses, mode, sizes, cached in cases():
-        loss, gradients = one_step(losses, mode, sizes=sizes, gradient_cache=cached)
-        found[f"{label}|loss"] = torch.tensor(loss, dtype=torch.float64)
-        found.update({f"{label}|{name}": gradient for name, gradient in gradients.items()})
+    for case in cases():
+        loss, gradients = case.step()
+        found[f"{case.label}|loss"] = torch.tensor(loss, dtype=torch.float64)
+        found.update({f"{case.label}|{name}": gradient for name, gradient in gradients.items()})
     job = Job("symmetric")
     job.student.double()
     job.run(folder / "run")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training_jobs import SCHEDULE, Job, curve
+from training_jobs import SCHEDULE, Job, curve, extra_texts
 
 from retrieval_kd.errors import DataError
 from retrieval_kd.recipes.schema import LossSpec
@@ -25,8 +25,7 @@ def extra(count: int, batch: int) -> ExtraTexts:
 
 def job_with_texts() -> Job:
     work = Job()
-    texts = {f"x/{i}": f"w{i} w{i + 1}" for i in range(10)}
-    work.data = replace(work.data, extra=ExtraTexts(texts, work.start.encode(list(texts.values()), "query"), 4))
+    work.data = replace(work.data, extra=extra_texts(work))
     return work
 
 

@@ -8,33 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_encoder
-from tokenizers import Tokenizer
-from training_jobs import SCHEDULE, Job, curve, events
+from training_jobs import SCHEDULE, Job, curve, events, reranker, stopping_after
 
-import retrieval_kd.training.loop as loop
 from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec
-from retrieval_kd.teachers.pairs import PairTokenizer
-from retrieval_kd.training.towers import JointReranker
 
 LOSSES = (LossSpec("joint_listwise"),)
 DETACHED = (LossSpec("joint_listwise", options={"detach_teacher": True}),)
-
-
-def reranker(work: Job, rate: float = 1e-3, dropout: float = 0.1) -> JointReranker:
-    """Return a fresh cross-encoder over the job's texts; with dropout its draws matter too."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    files = tiny_encoder().tokenizer_files
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1,
-        initializer_range=0.3, pad_token_id=0, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(11)
-        module = BertForSequenceClassification(config)
-    tokenizer = PairTokenizer(Tokenizer.from_buffer(files["tokenizer.json"]), module, 32)
-    return JointReranker(module, tokenizer, work.texts.query_texts, work.texts, rate)  # type: ignore[arg-type]
 
 
 def together(
@@ -63,20 +42,10 @@ def test_both_learn(tmp_path: Path) -> None:
     assert sum(losses[-6:]) < 0.85 * sum(losses[:6])
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     """Without it a resumed run would go on with a trained student and a fresh reranker."""
-    assemble, calls = loop.assemble, []
-
-    def dying(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return assemble(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "assemble", dying)
-        with pytest.raises(KeyboardInterrupt):
-            together(tmp_path / "a")
+    with stopping_after(5):
+        together(tmp_path / "a")
     resumed = together(tmp_path / "a")
     whole = together(tmp_path / "b")
     assert curve(tmp_path / "a") == curve(tmp_path / "b")

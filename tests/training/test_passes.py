@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
-from training_jobs import EVERY_LOSS, assert_equal, one_step
+from training_jobs import EVERY_LOSS, LATE_INTERACTION, Case, assert_equal, kinds, one_step
 
 from retrieval_kd.errors import RecipeError
 from retrieval_kd.losses.registry import LOSSES
@@ -22,6 +24,39 @@ def test_cached_gradients_equal_uncached_ones_for_every_loss(mode: str, dropout:
     cached = one_step(EVERY_LOSS, mode, dropout, gradient_cache=True)
     assert_equal(plain, cached, 1e-9)
     assert any(gradient.abs().max() > 1e-3 for gradient in plain[1].values())
+
+
+@pytest.mark.parametrize("mode", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("joint", (LossSpec("joint_listwise"),), "", joint=True),
+        Case("extra texts", (LossSpec("embedding_regression"),), "", extra=True),
+        Case("late interaction", LATE_INTERACTION, ""),
+    ],
+    ids=lambda case: case.label,
+)
+def test_caching_reaches_all_who_take_part_in_a_step(case: Case, mode: str) -> None:
+    """Without it a reranker that trains along, or texts beside the queries, could be cached away or drawn anew."""
+    work = replace(case, mode=mode, sizes=(8, 4))
+    plain, cached = (work.step(dropout=0.3, gradient_cache=cache) for cache in (False, True))
+    assert_equal(plain, cached, 1e-9)
+    assert any(name.startswith("joint.") for name in plain[1]) == case.joint
+
+
+def test_no_term_of_the_matrix_is_at_rest() -> None:
+    """Without it a term whose gradient is zero anyway could be lost by caching or by processes, and all stay green."""
+    terms = {
+        f"{spec}, joint {kind.joint}": replace(kind, losses=(spec,), mode="asymmetric")
+        for kind in kinds()
+        if kind.losses is not EVERY_LOSS
+        for spec in kind.losses
+    }
+    assert len(terms) > 30
+    for label, case in terms.items():
+        loss, gradients = case.step()
+        assert loss > 1e-3, label
+        assert max(float(gradient.abs().max()) for gradient in gradients.values()) > 1e-3, label
 
 
 def test_caching_keeps_no_activations() -> None:

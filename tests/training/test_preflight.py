@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from training_jobs import Job
+import torch
+from torch import Tensor
+from training_jobs import ROWS, SCHEDULE, Job, matrix, reranker
 
 from retrieval_kd.errors import DataError
 from retrieval_kd.recipes.schema import LossSpec
+from retrieval_kd.training import loop
 from retrieval_kd.training.batches import TrainingSet
+from retrieval_kd.training.machine import Machine
 from retrieval_kd.training.preflight import teacher_warnings
 
 KL = LossSpec("listwise_kl")
@@ -116,3 +121,139 @@ def test_a_run_says_it_and_keeps_it(tmp_path: Path, caplog: pytest.LogCaptureFix
         summary = job.run(tmp_path, (KL,))
     assert "nothing to learn" in caplog.text
     assert len(summary["warnings"]) == 1
+
+
+SHORT = replace(SCHEDULE, epochs=1)
+
+
+def scored_live(source: str, scale: float) -> Callable[[Path, LossSpec], tuple[str, ...]]:
+    """Return what trains on a teacher that scores each batch as it comes, its scores ``scale`` times a sane size."""
+    work = Job()
+    work.data = replace(work.data, teacher=None)
+    options = {}
+    if source == "encoder":
+        work.data = replace(work.data, query_targets=scale * work.data.query_targets)
+    elif source == "late_interaction":
+        work.data = replace(work.data, maxsim=matrix(work, scale))
+    elif source == "layers":
+        options["layer_teacher"] = layer_teacher = work.layer_teacher()
+        encode = layer_teacher.queries.encode
+
+        def longer(*arguments: object) -> object:
+            encoded = encode(*arguments)  # type: ignore[arg-type]
+            return replace(encoded, layers=scale * encoded.layers)  # type: ignore[operator]
+
+        layer_teacher.queries.encode = longer  # type: ignore[assignment, method-assign]
+    else:
+        options["joint"] = joint = reranker(work)  # type: ignore[assignment]
+        with torch.no_grad():
+            joint.module.classifier.weight.mul_(10 * scale)  # type: ignore[union-attr, operator]
+
+    def warned(folder: Path, spec: LossSpec) -> tuple[str, ...]:
+        return tuple(work.run(folder, (spec,), SHORT, **options)["warnings"])
+
+    return warned
+
+
+LIVE = [
+    ("encoder", LossSpec("tct", teacher="encoder")),
+    ("encoder", LossSpec("listwise_kl", teacher="encoder")),
+    ("late_interaction", LossSpec("tct", teacher="late_interaction")),
+    ("layers", LossSpec("layer_alignment")),
+    ("joint", LossSpec("joint_listwise")),
+]
+CALLED = {"late_interaction": "late-interaction teacher", "layers": "layer teacher", "joint": "teacher"}
+
+
+@pytest.mark.parametrize(("source", "spec"), LIVE)
+def test_a_teacher_that_scores_as_training_goes_is_looked_at_too(tmp_path: Path, source: str, spec: LossSpec) -> None:
+    """Without it MaxSim sums or logits in the thousands would train to the end on one document a list, unsaid."""
+    option = "temperature" if source == "layers" else "teacher_temperature"
+    name = CALLED.get(source, source)
+    (line,) = scored_live(source, 5000.0)(tmp_path / "wide", spec)
+    found = re.search(rf"at {spec.name}'s {option} .* of the {name}'s scores .* {option} ([\d.e+]+) would do", line)
+    assert found, line
+    mended = replace(spec, options={option: float(found[1])})
+    assert scored_live(source, 5000.0)(tmp_path / "mended", mended) == ()
+    assert scored_live(source, 1.0)(tmp_path / "sane", spec) == ()
+    nothing = f"{name}: all scores within each list are equal, so there is nothing to learn; check the {name}"
+    assert scored_live(source, 0.0)(tmp_path / "flat", spec) == (nothing,)
+
+
+def test_a_look_ahead_draws_nothing_and_keeps_nothing() -> None:
+    """Without it a resumed run could warn of other shares, and three batches of activations would stay in memory."""
+    work = Job("symmetric", dropout=0.3)
+    joint = reranker(work)
+    run = loop._Run(
+        Machine(), work.student, work.documents, work.data, (LossSpec("joint_listwise"),), SHORT, None, joint
+    )
+    one, other = run.preview(ROWS), run.preview(ROWS)
+    assert one.teacher is not None
+    assert other.teacher is not None
+    for tensor, again in ((one.queries, other.queries), (one.teacher, other.teacher)):
+        assert torch.equal(tensor, again)
+        assert tensor.grad_fn is None
+
+
+def test_stored_scores_cost_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it every run would encode batches for teachers whose scores lie there to be read."""
+    monkeypatch.setattr(loop._Run, "preview", None)
+    work = Job()
+    work.run(tmp_path, (KL, LossSpec("pair_distill"), LossSpec("tct"), LossSpec("embedding_regression")), SHORT)
+
+
+def test_equal_scores_of_a_product_are_equal_up_to_its_rounding(tmp_path: Path) -> None:
+    """Without it a collapsed encoder would pass, told from a good one by the last digits of a matrix product."""
+    work = Job()
+    rng = np.random.default_rng(1)
+    work.data = replace(
+        work.data,
+        maxsim=lambda queries, docs: torch.from_numpy(30 * (1 + 1e-7 * rng.random((len(queries), len(docs))))),
+    )
+    (line,) = work.run(tmp_path, (LossSpec("tct", teacher="late_interaction"),), SHORT)["warnings"]
+    assert "nothing to learn" in line
+
+
+def test_undecided_preferences_are_named() -> None:
+    """Without it a pairwise teacher that answers one half to everything would train a uniform student."""
+    spec = LossSpec("pair_distill")
+    some = data(1.0)
+    assert some.preferences is not None
+    assert teacher_warnings(some, [spec]) == ()
+    some.preferences[3][~np.isnan(some.preferences[3])] = 0.5  # type: ignore[index]
+    assert teacher_warnings(some, [spec]) == ("teacher: 1 of 24 lists have undecided preferences and teach nothing",)
+    undecided = replace(some, preferences=[np.full_like(one, 0.5) for one in some.preferences])
+    (line,) = teacher_warnings(undecided, [spec])
+    assert "all preferences within each list are undecided, so there is nothing to learn" in line
+
+
+@pytest.mark.parametrize(
+    ("source", "spec", "remedy"),
+    [
+        ("late_interaction", LossSpec("tct", teacher="late_interaction"), "mend the teacher"),
+        ("joint", LossSpec("joint_listwise"), r"mend the teacher or lower joint\.learning_rate"),
+    ],
+)
+def test_a_live_score_that_is_no_number_is_named(tmp_path: Path, source: str, spec: LossSpec, remedy: str) -> None:
+    """Without it the error would name a row and a column of a batch that nobody can look up."""
+    warned = scored_live(source, float("nan"))
+    with pytest.raises(DataError, match=rf"^teacher: the score of query 'q\d+' and document 'd\d+' is nan; {remedy}$"):
+        warned(tmp_path, spec)
+
+
+def test_a_live_score_that_fails_later_is_named_with_its_step(tmp_path: Path) -> None:
+    """Without it only the first batches would be looked at, and a document of the last epoch is found by nobody."""
+    work, calls = Job(), []
+
+    def score(query_ids: Sequence[str], doc_ids: Sequence[str]) -> Tensor:
+        calls.append(doc_ids)
+        scores = torch.rand(len(query_ids), len(doc_ids))
+        scores[1, 2] = torch.inf if len(calls) == 5 else 0.0
+        return scores
+
+    work.data = replace(work.data, maxsim=score)
+    with pytest.raises(
+        DataError, match=r"^step 2: teacher: the score of query 'q\d+' and document '(d\d+)' is inf;"
+    ) as told:
+        work.run(tmp_path, (LossSpec("tct", teacher="late_interaction"),), SHORT)
+    assert repr(calls[-1][2]) in str(told.value)

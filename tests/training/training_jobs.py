@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from tiny import WORDS, tiny_encoder
+from tokenizers import Tokenizer
+from torch import Tensor
 
 from retrieval_kd.collections.base import Document
 from retrieval_kd.encoders.corpus import EncodedCorpus
@@ -23,12 +25,12 @@ from retrieval_kd.mining.candidates import CandidateList
 from retrieval_kd.recipes.loader import load_recipe, shipped_recipes
 from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec, StudentSpec
 from retrieval_kd.students.build import build_student
-from retrieval_kd.training import loop
-from retrieval_kd.training.batches import TrainingSet
+from retrieval_kd.teachers.pairs import PairTokenizer
+from retrieval_kd.training.batches import ExtraTexts, TrainingSet
 from retrieval_kd.training.dev import DevSet
 from retrieval_kd.training.loop import _Run, train
 from retrieval_kd.training.machine import Machine
-from retrieval_kd.training.towers import DocumentTower, FrozenDocuments, LayerTeacher, LiveDocuments
+from retrieval_kd.training.towers import DocumentTower, FrozenDocuments, JointReranker, LayerTeacher, LiveDocuments
 
 SCHEDULE = ScheduleSpec(epochs=3, batch_queries=8, learning_rate=3e-3, evaluations=3, checkpoints=6, micro_tokens=64)
 LOSSES_OF_A_RECIPE = (
@@ -104,6 +106,40 @@ class Job:
         return train(self.student, self.documents, self.data, dev, losses, schedule, 3, folder, **options)
 
 
+def reranker(work: Job, rate: float = 1e-3, dropout: float = 0.1) -> JointReranker:
+    """Return a fresh cross-encoder over the job's texts; with dropout its draws matter too."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    files = tiny_encoder().tokenizer_files
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=1,
+        initializer_range=0.3, pad_token_id=0, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        module = BertForSequenceClassification(config)
+    tokenizer = PairTokenizer(Tokenizer.from_buffer(files["tokenizer.json"]), module, 32)
+    return JointReranker(module, tokenizer, work.texts.query_texts, work.texts, rate)  # type: ignore[arg-type]
+
+
+def matrix(work: Job, scale: float = 10.0) -> Callable[[Sequence[str], Sequence[str]], Tensor]:
+    """Return a late-interaction teacher whose scores are the encoder's, made longer."""
+    targets = {item.query_id: row for item, row in zip(work.data.lists, work.data.query_targets, strict=True)}
+
+    def score(query_ids: Sequence[str], doc_ids: Sequence[str]) -> Tensor:
+        documents = work.corpus.vectors[[work.corpus.row_of[doc_id] for doc_id in doc_ids]]
+        queries = np.stack([targets[query_id] for query_id in query_ids])
+        return torch.from_numpy(scale * queries @ documents.T)
+
+    return score
+
+
+def extra_texts(work: Job) -> ExtraTexts:
+    """Return ten texts, four a step, that embedding losses read beside the queries."""
+    texts = {f"x/{i}": f"w{i} w{i + 1}" for i in range(10)}
+    return ExtraTexts(texts, work.start.encode(list(texts.values()), "query"), 4)
+
+
 def job(folder: Path, mode: str = "asymmetric", dropout: float = 0.0, **options: Any) -> tuple[TorchEncoder, Any]:
     """Train and return the student and the run's summary."""
     work = Job(mode, dropout)
@@ -123,17 +159,17 @@ def _interrupt() -> None:
 @contextlib.contextmanager
 def stopping_after(steps: int, stop: Callable[[], None] = _interrupt) -> Iterator[None]:
     """Stop a run within the block as it begins the step after ``steps``."""
-    assemble, begun = loop.assemble, 0
+    step, begun = _Run.step, 0
 
     def stopped(*arguments: Any) -> Any:
         nonlocal begun
         begun += 1
         if begun > steps:
             stop()
-        return assemble(*arguments)
+        return step(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(loop, "assemble", stopped)
+        patch.setattr(_Run, "step", stopped)
         yield
     assert begun == steps + 1
 
@@ -160,13 +196,20 @@ def one_step(
     dropout: float = 0.0,
     double: bool = True,
     sizes: Sequence[int] = (8,),
+    joint: bool = False,
+    extra: bool = False,
     **schedule: Any,
 ) -> Outcome:
-    """Return the loss and all gradients of one step of a fresh run."""
+    """Return the loss and all gradients of one step of a run that has moved since it began."""
     job = Job(mode, dropout, sizes=sizes)
+    trained_along = reranker(job, dropout=dropout) if joint else None
+    texts = extra_texts(job) if extra else None
+    job.data = replace(job.data, maxsim=matrix(job), extra=texts)
     if double:
         job.student.double()
         job.start.double()
+        if trained_along is not None:
+            trained_along.module.double()
     run = _Run(
         Machine(schedule.get("precision", "fp32")),
         job.student,
@@ -175,8 +218,13 @@ def one_step(
         losses,
         replace(SCHEDULE, **{"clip": 1e9, "micro_tokens": 48, **schedule}),
         job.layer_teacher(),
-        None,
+        trained_along,
     )
+    # Where nothing was learnt yet nothing can be forgotten, and the term that holds on to it has no gradient.
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in job.student.parameters():
+            parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=draw))
     gradients: dict[str, torch.Tensor] = {}
     run.optimizer.register_step_pre_hook(
         lambda *_: gradients.update(
@@ -184,7 +232,7 @@ def one_step(
         )
     )
     torch.manual_seed(1)
-    return run.step(ROWS, None, 1.0, 0.5, "step")["loss"], gradients
+    return run.step(ROWS, None if texts is None else texts.positions(1, 0), 1.0, 0.5, "step")["loss"], gradients
 
 
 def assert_equal(one: Outcome, other: Outcome, within: float) -> None:
@@ -195,19 +243,47 @@ def assert_equal(one: Outcome, other: Outcome, within: float) -> None:
         assert (gradient - other[1][name]).abs().max() <= within * max(1.0, float(gradient.abs().max())), name
 
 
-Case = tuple[str, tuple[LossSpec, ...], str, tuple[int, ...], bool]
+@dataclass(frozen=True)
+class Case:
+    """One step that must not depend on how many processes share it, nor on caching."""
+
+    label: str
+    losses: tuple[LossSpec, ...]
+    mode: str
+    joint: bool = False
+    extra: bool = False
+    sizes: tuple[int, ...] = ()
+    cached: bool = False
+
+    def step(self, **schedule: Any) -> Outcome:
+        """Return the loss and all gradients."""
+        how = {"sizes": self.sizes, "joint": self.joint, "extra": self.extra, "gradient_cache": self.cached}
+        return one_step(self.losses, self.mode, **{**how, **schedule})
+
+
+LATE_INTERACTION = tuple(LossSpec(name, teacher="late_interaction") for name in ("tct", "listwise_kl"))
+
+
+def kinds() -> Iterator[Case]:
+    """Yield all losses, a late-interaction teacher, and each pair of losses that a shipped recipe combines."""
+    found = {
+        "every loss": Case("every loss", EVERY_LOSS, "", extra=True),
+        "late interaction": Case("late interaction", LATE_INTERACTION, ""),
+    }
+    for name in shipped_recipes():
+        for stage in load_recipe(name).training:
+            joint, extra = stage.joint is not None, bool(stage.extra_texts.batch)
+            for pair in itertools.combinations(stage.losses, min(2, len(stage.losses))):
+                label = " + ".join(spec.name for spec in pair) + ", joint" * joint + ", extra texts" * extra
+                found.setdefault(label, Case(label, pair, "", joint, extra))
+    yield from found.values()
 
 
 def cases() -> Iterator[Case]:
-    """Yield each pair of losses that a shipped recipe combines, bare and fully wrapped; all losses in every way."""
-    pairs: dict[str, tuple[LossSpec, ...]] = {"every loss": EVERY_LOSS}
-    for name in shipped_recipes():
-        for stage in load_recipe(name).training:
-            for pair in itertools.combinations(stage.losses, min(2, len(stage.losses))):
-                pairs.setdefault(" + ".join(spec.name for spec in pair), pair)
-    for (label, losses), mode, sizes, cached in itertools.product(
-        pairs.items(), ("symmetric", "asymmetric"), ((), (8, 4)), (False, True)
+    """Yield each kind bare and fully wrapped, and all losses in every way."""
+    for kind, mode, sizes, cached in itertools.product(
+        kinds(), ("symmetric", "asymmetric"), ((), (8, 4)), (False, True)
     ):
-        if losses is not EVERY_LOSS and cached != bool(sizes):
-            continue
-        yield f"{label}, {mode}, sizes {sizes}, cached {cached}", losses, mode, sizes, cached
+        if kind.losses is EVERY_LOSS or cached == bool(sizes):
+            label = f"{kind.label}, {mode}, sizes {sizes}, cached {cached}"
+            yield replace(kind, label=label, mode=mode, sizes=sizes, cached=cached)
