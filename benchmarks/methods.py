@@ -304,9 +304,9 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
             f"Budget: {setup['passes']:,} query texts for each method, repeats and extra texts counted, from "
             f"{setup['queries']:,} train queries of {first['trained_on']} with the same lists (the positive and the "
             f"best {setup['negatives']} others by all-MiniLM-L6-v2, fewer where a method takes fewer), batches of "
-            f"{setup['batch']}, peak learning rate {setup['learning_rate']:g}; nothing is tuned for one method. Where a "
-            f"recipe names no other teacher, its scores are the mean of the cross-encoder's and {TEACHER}'s, both "
-            "z-scored within each list."
+            f"{setup['batch']}, peak learning rate {setup['learning_rate']:g}; nothing is tuned for one method. "
+            f"Where a recipe names no other teacher, its scores are the mean of the cross-encoder's and {TEACHER}'s, "
+            "both z-scored within each list."
         )
     seen = (
         "; the first is the collection trained on, the others were never seen" if len(first["collections"]) > 1 else ""
