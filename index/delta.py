@@ -55,7 +55,7 @@ class Delta:
         if hidden:
             mask = np.ones(content.count, dtype=bool)
             mask[hidden] = False
-            base = Selection(mask)
+            base = Selection(mask, by_filter=False)
 
         doc_ids = whole.doc_ids
 

@@ -25,7 +25,7 @@ from index.ids import IDS, DocumentIds, require_ids
 from index.kinds import Effort, Proposer
 from index.manifest import IndexContent, IndexManifest, check_files, check_sizes
 from index.probes import PROBE_DEPTH, Probes
-from index.scoring import Scored, Scorer
+from index.scoring import NOTHING, Scored, Scorer
 from index.store import VERSIONS, IndexStore, Lease, hold
 from index.threads import faiss_threads
 from index.updates import START, Update, UpdateLog, summed, writing
@@ -42,6 +42,8 @@ _MARGIN = 32
 # Below this many documents, or multiply-adds, scoring all that a filter selects is faster than walking around it.
 _SCORED_OUTRIGHT = 10_000
 _BUDGET = 1 << 23
+# When a kind has proposed this share in vain, comparing with all is cheaper than going on.
+_WIDEST = 8
 # The least share of the probes' documents that must be found again, and how far a score may lie off.
 _PROBES_FOUND = 0.95
 _PROBE_TOLERANCE = 1e-4
@@ -80,39 +82,57 @@ class Opened:
             chosen: The documents that may be ranked; all when None.
             effort: How hard the kind looks.
         """
-        k = min(k, self.content.count)
-        if chosen is not None:
-            k = min(k, chosen.count)
-            if chosen.count <= max(_SCORED_OUTRIGHT, _BUDGET // self.content.dimension):
-                return list(self._scorer.outright(queries, chosen.rows, k))
+        k = min(k, self.content.count if chosen is None else chosen.count)
+        if k == 0:
+            return [NOTHING] * len(queries)
+        few = max(_SCORED_OUTRIGHT, _BUDGET // self.content.dimension)
+        if chosen is not None and chosen.by_filter and not chosen.most and chosen.count <= few:
+            return list(self._scorer.outright(queries, chosen.rows, k))
         if exact or self._proposer is None or k > self._proposer.most:
             return self._scan(queries, k, chosen)
-        scores, rows = self._proposer.propose(queries, k, effort, chosen)
-        lacking = rows.min() < 0
-        if not self._proposer.scores_are_dots:
-            scores = self._scorer.float32_dots(queries, rows)
-        if not lacking:
-            return self._scorer.best(queries, scores, rows, k)
-        scores[rows < 0] = -np.inf
-        best = self._scorer.best(queries, scores, rows, k)
-        # A walk cannot reach nodes that the graph has cut off; the ranking is as long as promised all the same.
-        for i in np.flatnonzero(np.count_nonzero(rows >= 0, axis=1) < k).tolist():
-            best[i] = self._scan(queries[i : i + 1], k, chosen)[0]
-        return best
+        return self._proposed(self._proposer, queries, k, chosen, effort)
+
+    def _proposed(
+        self, proposer: Proposer, queries: Vectors, k: int, chosen: Selection | None, effort: Effort
+    ) -> Sequence[Scored]:
+        """Let the kind look harder for each query until enough of what it proposes may be ranked."""
+        best: dict[int, Scored] = {}
+        undecided, harder = np.arange(len(queries)), 1
+        while len(undecided) > 0:
+            scores, rows, enough = proposer.propose(queries[undecided], k, effort, chosen, harder)
+            # A walk cannot reach nodes that the graph has cut off; the ranking is as long as promised all the same.
+            long = np.count_nonzero(rows >= 0, axis=1) >= k
+            decided = enough & long
+            done = undecided[decided]
+            scores, rows = scores[decided], rows[decided]
+            if not proposer.scores_are_dots:
+                scores = self._scorer.float32_dots(queries[done], rows)
+            scores[rows < 0] = -np.inf
+            best.update(zip(done.tolist(), self._scorer.best(queries[done], scores, rows, k), strict=True))
+            lost = ~decided if rows.shape[1] * _WIDEST > self.content.count else enough & ~long
+            for query in undecided[lost].tolist():
+                best[query] = self._scan(queries[query : query + 1], k, chosen)[0]
+            undecided = undecided[~decided & ~lost]
+            harder *= 2
+        return [best[query] for query in range(len(queries))]
 
     def _scan(self, queries: Vectors, k: int, chosen: Selection | None) -> Sequence[Scored]:
         """Widen the candidates of each query until no document outside them can be among its best."""
         best: dict[int, Scored] = {}
         undecided = np.arange(len(queries))
         bounds = self._scorer.vectors.error_bound(queries, self.content.largest_norm)
-        count = self.content.count if chosen is None else chosen.count
-        parameters = None if chosen is None else faiss.SearchParameters(sel=chosen.selector)
+        selected, kept = (None, chosen) if chosen is None or chosen.most else (chosen, None)
+        count = self.content.count if selected is None else selected.count
+        parameters = None if selected is None else faiss.SearchParameters(sel=selected.selector)
         width = k + _MARGIN
         while len(undecided) > 0:
             width = min(width, count)
             scores, rows = self._scorer.vectors.scan.search(queries[undecided], width, params=parameters)
-            kth = scores[:, k - 1]
-            decided = (scores[:, -1] < kth - 2 * bounds[undecided]) | (width == count)
+            last = scores[:, -1].copy()
+            if kept is not None:
+                scores[~kept.mask[rows]] = -np.inf
+            kth = np.partition(scores, -k, axis=1)[:, -k]
+            decided = (last < kth - 2 * bounds[undecided]) | (width == count)
             done = undecided[decided]
             scored = self._scorer.best(queries[done], scores[decided], rows[decided], k)
             best.update(zip(done.tolist(), scored, strict=True))
@@ -378,7 +398,7 @@ class Searcher:
         if self._opened.documents is None:
             raise DataError("filter: the index stores no fields; build it with --fields")
         mask = self._opened.documents.mask(wanted)
-        return Selection(mask if unchanged is None else mask & unchanged.mask)
+        return Selection(mask if unchanged is None else mask & unchanged.mask, by_filter=True)
 
     def _fields(self, doc_id: str, names: Sequence[str], delta: Delta | None) -> dict[str, Any]:
         if delta is not None and doc_id in delta.touched:
