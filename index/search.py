@@ -157,7 +157,6 @@ class Searcher:
         self._opened = Opened(folder, manifest.content)
         self._log = UpdateLog.of(folder.parent.parent, folder.name)
         self._refreshing = threading.Lock()
-        self._updates: list[Update] = []
         self._read_to = START
         self._seen = (0, 0, 0)
         self._delta: Delta | None = None
@@ -218,7 +217,7 @@ class Searcher:
     def count(self) -> int:
         """Return the number of documents that can be found."""
         delta = self._refresh()
-        return self._content.count if delta is None else self._content.count - delta.hidden + len(delta.rows)
+        return self._content.count if delta is None else delta.count
 
     @property
     def dimension(self) -> int:
@@ -401,10 +400,9 @@ class Searcher:
         return Selection(mask if unchanged is None else mask & unchanged.mask, by_filter=True)
 
     def _fields(self, doc_id: str, names: Sequence[str], delta: Delta | None) -> dict[str, Any]:
-        if delta is not None and doc_id in delta.touched:
-            if doc_id not in delta.rows:
+        if delta is not None and doc_id in delta.places:
+            if (held := delta.held(doc_id)) is None:
                 raise DataError(f"the index has no document {doc_id!r}")
-            held = delta.fields[delta.rows[doc_id]]
             return {name: held[name] for name in names if held.get(name) is not None}
         (row,) = self._opened.ids.rows([doc_id])
         return {} if self._opened.documents is None else self._opened.documents.fields([row], names)[0]
@@ -427,13 +425,12 @@ class Searcher:
             return self._delta
         with self._refreshing:
             state = self._log.state
-            news, self._read_to, anew = self._log.read(self._read_to)
-            if anew:
-                # The log was replaced, or a record was taken back because the disk refused it.
-                self._updates, self._delta = [], None
+            news, read_to, anew = self._log.read(self._read_to)
+            # Anew when the log was replaced, or a record was taken back because the disk refused it.
+            delta = None if anew else self._delta
             if news:
-                self._updates = [summed([*self._updates, *news])]
-                self._delta = Delta.of(self._updates[0], self._content, self._opened.ids)
+                delta = (delta or Delta.none(self._content, self._opened.ids)).after(summed(news))
+            self._delta, self._read_to = delta, read_to
             # Last: who finds it at the log's end does not wait for the lock.
             self._seen = state
             return self._delta
