@@ -102,6 +102,7 @@ def build_index(
         corpus_fingerprint=texts,
         queries_fingerprint="" if queries is None else queries.fingerprint,
         fields=_field_types(corpus, merged, collection, fields),
+        query_card=asker,
     )
 
     def blocks() -> Iterator[Vectors]:
@@ -165,6 +166,7 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
             before,
             requested=replace(before.requested, target_recall=target),
             query_encoder=queries.card.fingerprint,
+            query_card=queries.card,
             queries_fingerprint=queries.fingerprint,
         )
 

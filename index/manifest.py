@@ -32,6 +32,7 @@ class IndexContent:
         largest_norm: Length of the longest stored vector; bounds the rounding error of any score.
         document_encoder: The encoder of the documents; queries must lie in its space.
         query_encoder: Fingerprint of the encoder whose queries it is for; empty if none was named.
+        query_card: That encoder; None if none was named, or by a release that did not store it.
         encoding_fingerprint: The encoding the vectors come from.
         corpus_fingerprint: The documents alone.
         queries_fingerprint: The query vectors it was tuned and tested with; empty if there were none.
@@ -53,6 +54,7 @@ class IndexContent:
     fields: Mapping[str, str] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
     metric: Literal["inner_product"] = "inner_product"
+    query_card: EncoderCard | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -99,6 +101,7 @@ class IndexManifest:
             "content": {
                 **asdict(content),
                 "document_encoder": content.document_encoder.to_json(),
+                "query_card": None if content.query_card is None else content.query_card.to_json(),
                 "query_space": content.document_encoder.space_fingerprint,
                 "fingerprint": content.fingerprint,
             },
@@ -128,8 +131,10 @@ class IndexManifest:
                     "build the index again"
                 )
             held = {key: value for key, value in raw["content"].items() if key not in ("query_space", "fingerprint")}
+            asker = held.get("query_card")
             content = {
                 **held,
+                "query_card": None if asker is None else EncoderCard.from_json(asker, str(path)),
                 "requested": IndexSpec(**held["requested"]),
                 "index": IndexSpec(**held["index"]),
                 "document_encoder": EncoderCard.from_json(held["document_encoder"], str(path)),

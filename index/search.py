@@ -31,7 +31,7 @@ from index.threads import faiss_threads
 from index.updates import START, Update, UpdateLog, summed, writing
 from index.vectors import Storage, StoredVectors
 from retrieval_kd.encoders.base import Vectors
-from retrieval_kd.encoders.card import EncoderCard, require_same_space
+from retrieval_kd.encoders.card import EncoderCard, require_same_settings, require_same_space
 from retrieval_kd.encoders.corpus import check_vectors
 from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import ArtifactError, DataError
@@ -250,16 +250,23 @@ class Searcher:
         return dict(self._content.fields)
 
     def check_query_encoder(self, card: EncoderCard) -> None:
-        """Refuse a query encoder whose vectors do not lie in the documents' space; warn of one it was not tuned for.
+        """Refuse a query encoder that cannot be meant; warn of another one than the index was made for.
+
+        Not meant is one whose vectors do not lie in the documents' space, or the very model the index was made for with
+        another prefix, pooling, length or normalisation.
 
         Raises:
-            EncoderMismatch: names both encoders.
+            EncoderMismatch: names both encoders, or what they differ in.
         """
         require_same_space(card, self.card)
         if not self.is_tuned_for(card):
+            if self._content.query_card is not None:
+                require_same_settings(card, self._content.query_card)
+            elif self.query_encoder == self.card.fingerprint:
+                require_same_settings(card, self.card)
             _log.warning(
-                "index version %s was made for query encoder %s, not for %r (%s): same space, but another prefix, "
-                "weights or precision, so its measured recall need not hold; run `rkd index tune` with the new one",
+                "index version %s was made for query encoder %s, not for %r (%s): same space, but other weights or "
+                "precision, so its measured recall need not hold; run `rkd index tune` with the new one",
                 self.version,
                 self.query_encoder[:12],
                 card.name,
