@@ -16,7 +16,7 @@ from index.kinds import resolved, write_ann
 from index.manifest import IndexContent, IndexManifest, check_files
 from index.merge import NO_UPDATE, MergedCorpus
 from index.probes import PROBE_COUNT, PROBES, evenly_spaced
-from index.search import Opened, make_probes
+from index.search import Opened, make_probes, passes_self_test
 from index.store import IndexStore, hold
 from index.tune import EXACT_BELOW, Considered, choose, sampled, tune
 from index.updates import FOLDED, START, UpdateLog
@@ -42,7 +42,7 @@ def build_index(
     fields: Sequence[str] = (),
     discard_updates: bool = False,
 ) -> Path:
-    """Build an index version and make it the store's current one; do nothing if it is there already.
+    """Build an index version and make it the store's current one; do nothing if it is there already and works here.
 
     What was upserted or deleted in the store since its first build is folded in, and goes before what the corpus has.
 
@@ -133,7 +133,7 @@ def build_index(
         return finished
 
     return IndexStore(store).publish(
-        content.fingerprint, write, functools.partial(changes.hand_on, discard=discard_updates)
+        content.fingerprint, write, functools.partial(changes.hand_on, discard=discard_updates), passes_self_test
     )
 
 
@@ -180,7 +180,8 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
             make_probes(folder, finished, probes).save(folder)
             return finished
 
-        return IndexStore(store).publish(content.fingerprint, write, Changes(store, source.name, [], START).hand_on)
+        hand_on = Changes(store, source.name, [], START).hand_on
+        return IndexStore(store).publish(content.fingerprint, write, hand_on, passes_self_test)
     finally:
         lease.release()
 

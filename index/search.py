@@ -464,3 +464,13 @@ def make_probes(folder: Path, content: IndexContent, queries: Vectors) -> Probes
     rankings = [scored.ranked(depth) for scored in best]
     rows = np.asarray([opened.ids.rows(ranking.doc_ids) for ranking in rankings], dtype="<i8")
     return Probes(queries, rows, np.stack([ranking.scores for ranking in rankings]).astype("<f4"))
+
+
+def passes_self_test(version: Path) -> bool:
+    """Return whether every byte of a version is as it was published, and understood by this machine's libraries."""
+    try:
+        with Searcher.open(version) as searcher:
+            searcher.self_test()
+    except ArtifactError:
+        return False
+    return True
