@@ -18,7 +18,7 @@ from index.merge import NO_UPDATE, MergedCorpus
 from index.probes import PROBE_COUNT, PROBES, evenly_spaced
 from index.search import Opened, make_probes, passes_self_test
 from index.store import IndexStore, hold
-from index.tune import EXACT_BELOW, Considered, choose, sampled, tune
+from index.tune import EXACT_BELOW, Considered, choose, exact, sampled, tune
 from index.updates import FOLDED, START, UpdateLog
 from index.vectors import BLOCK_ROWS, write_stored
 from retrieval_kd.collections.base import Collection
@@ -110,17 +110,19 @@ def build_index(
 
     def write(folder: Path) -> IndexContent:
         asked = None if queries is None else truncated(np.asarray(queries.vectors), shape[1], card.normalize)
-        chosen, considered = _chosen(content, merged, asked)
-        index = resolved(chosen, content.count, content.dimension)
         write_ids(folder / IDS, merged.ids)
-        stored = write_stored(folder, blocks, shape, spec.storage)
         if content.fields:
             assert collection is not None
             write_documents(folder, merged.fields(collection), content.fields, merged.row_of)
         if update is not NO_UPDATE:
             UpdateLog(folder / FOLDED).append(update)
+        beside = sum(path.stat().st_size for path in folder.iterdir())
+        chosen, considered = _chosen(content, merged, asked, beside)
+        index = resolved(chosen, content.count, content.dimension)
+        stored = write_stored(folder, blocks, shape, spec.storage)
         write_ann(folder, stored, index)
-        finished = replace(content, index=index, largest_norm=stored.longest())
+        seen = {"considered": [asdict(one) for one in considered]} if considered else {}
+        finished = replace(content, index=index, largest_norm=stored.longest(), tuning=seen)
         # Its pages would count a second time beside those of the finished folder, which is opened from here on.
         del stored
         if asked is not None:
@@ -199,19 +201,19 @@ def tuned(
 
 
 def _chosen(
-    content: IndexContent, corpus: MergedCorpus, queries: Vectors | None
+    content: IndexContent, corpus: MergedCorpus, queries: Vectors | None, beside: int
 ) -> tuple[IndexSpec, Sequence[Considered]]:
     """Return the spec with a kind instead of ``auto``, and what it was chosen from."""
     spec = content.requested
     if spec.kind != "auto":
         return spec, ()
     if content.count < EXACT_BELOW:
-        return replace(spec, kind="exact"), ()
+        return exact(spec, content, beside)
     if queries is None:
         raise DataError("index kind auto: it measures with held-out queries; give some, or name a kind")
     sample = corpus.rows(sampled(content.count))
     cut = truncated(sample, content.dimension, content.document_encoder.normalize)
-    return choose(spec, content, cut, queries)
+    return choose(spec, content, cut, queries, beside)
 
 
 def _require_finite(corpus: EncodedCorpus) -> None:

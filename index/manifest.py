@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from retrieval_kd.artifacts import MANIFEST, FileEntry, Spec, file_sha256, read_json
 from retrieval_kd.encoders.card import EncoderCard
-from retrieval_kd.errors import ArtifactError, RkdError
+from retrieval_kd.errors import ArtifactError
 from retrieval_kd.recipes.schema import IndexSpec
 
 FORMAT_VERSION = 2
@@ -37,7 +37,7 @@ class IndexContent:
         corpus_fingerprint: The documents alone.
         queries_fingerprint: The query vectors it was tuned and tested with; empty if there were none.
         fields: What each stored field holds, by name.
-        tuning: How the search effort was chosen, as :mod:`index.tune` saw it; empty if it was not.
+        tuning: How kind and search effort were chosen, as :mod:`index.tune` saw it; empty if they were given.
         metric: What a score is.
     """
 
@@ -182,12 +182,3 @@ def check_sizes(version: Path, manifest: IndexManifest) -> None:
         if size != entry.bytes:
             found = "missing" if size is None else f"{size} bytes"
             raise ArtifactError(f"{path}: {found}, the manifest says {entry.bytes} bytes; build the index again")
-
-
-def is_sound(version: Path) -> bool:
-    """Return whether a folder is a version whose every byte is as it was published."""
-    try:
-        check_files(version, IndexManifest.load(version))
-    except RkdError:
-        return False
-    return True
