@@ -17,14 +17,20 @@ faiss: Any = typed
 class Selection:
     """Rows that may be ranked, and what faiss needs to see only those."""
 
-    def __init__(self, mask: Mask) -> None:
-        """Take bool ``[count]``, which is not changed afterwards."""
+    def __init__(self, mask: Mask, by_filter: bool) -> None:
+        """Take bool ``[count]``, which is not changed afterwards, and whether a filter had a part in it."""
         self.mask = mask
+        self.by_filter = by_filter
 
     @cached_property
     def count(self) -> int:
         """Return how many rows are selected."""
         return int(np.count_nonzero(self.mask))
+
+    @cached_property
+    def most(self) -> bool:
+        """Return whether more than half are: then it is as cheap to look at all and to drop the others."""
+        return 2 * self.count > len(self.mask)
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:

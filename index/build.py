@@ -16,9 +16,9 @@ from index.kinds import resolved, write_ann
 from index.manifest import IndexContent, IndexManifest, check_files
 from index.merge import NO_UPDATE, MergedCorpus
 from index.probes import PROBE_COUNT, PROBES, evenly_spaced
-from index.search import Opened, make_probes
+from index.search import Opened, make_probes, passes_self_test
 from index.store import IndexStore, hold
-from index.tune import EXACT_BELOW, Considered, choose, sampled, tune
+from index.tune import EXACT_BELOW, Considered, choose, exact, sampled, tune
 from index.updates import FOLDED, START, UpdateLog
 from index.vectors import BLOCK_ROWS, write_stored
 from retrieval_kd.collections.base import Collection
@@ -42,7 +42,7 @@ def build_index(
     fields: Sequence[str] = (),
     discard_updates: bool = False,
 ) -> Path:
-    """Build an index version and make it the store's current one; do nothing if it is there already.
+    """Build an index version and make it the store's current one; do nothing if it is there already and works here.
 
     What was upserted or deleted in the store since its first build is folded in, and goes before what the corpus has.
 
@@ -102,6 +102,7 @@ def build_index(
         corpus_fingerprint=texts,
         queries_fingerprint="" if queries is None else queries.fingerprint,
         fields=_field_types(corpus, merged, collection, fields),
+        query_card=asker,
     )
 
     def blocks() -> Iterator[Vectors]:
@@ -109,17 +110,19 @@ def build_index(
 
     def write(folder: Path) -> IndexContent:
         asked = None if queries is None else truncated(np.asarray(queries.vectors), shape[1], card.normalize)
-        chosen, considered = _chosen(content, merged, asked)
-        index = resolved(chosen, content.count, content.dimension)
         write_ids(folder / IDS, merged.ids)
-        stored = write_stored(folder, blocks, shape, spec.storage)
         if content.fields:
             assert collection is not None
             write_documents(folder, merged.fields(collection), content.fields, merged.row_of)
         if update is not NO_UPDATE:
             UpdateLog(folder / FOLDED).append(update)
+        beside = sum(path.stat().st_size for path in folder.iterdir())
+        chosen, considered = _chosen(content, merged, asked, beside)
+        index = resolved(chosen, content.count, content.dimension)
+        stored = write_stored(folder, blocks, shape, spec.storage)
         write_ann(folder, stored, index)
-        finished = replace(content, index=index, largest_norm=stored.longest())
+        seen = {"considered": [asdict(one) for one in considered]} if considered else {}
+        finished = replace(content, index=index, largest_norm=stored.longest(), tuning=seen)
         # Its pages would count a second time beside those of the finished folder, which is opened from here on.
         del stored
         if asked is not None:
@@ -132,7 +135,7 @@ def build_index(
         return finished
 
     return IndexStore(store).publish(
-        content.fingerprint, write, functools.partial(changes.hand_on, discard=discard_updates)
+        content.fingerprint, write, functools.partial(changes.hand_on, discard=discard_updates), passes_self_test
     )
 
 
@@ -165,6 +168,7 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
             before,
             requested=replace(before.requested, target_recall=target),
             query_encoder=queries.card.fingerprint,
+            query_card=queries.card,
             queries_fingerprint=queries.fingerprint,
         )
 
@@ -178,7 +182,8 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
             make_probes(folder, finished, probes).save(folder)
             return finished
 
-        return IndexStore(store).publish(content.fingerprint, write, Changes(store, source.name, [], START).hand_on)
+        hand_on = Changes(store, source.name, [], START).hand_on
+        return IndexStore(store).publish(content.fingerprint, write, hand_on, passes_self_test)
     finally:
         lease.release()
 
@@ -196,19 +201,19 @@ def tuned(
 
 
 def _chosen(
-    content: IndexContent, corpus: MergedCorpus, queries: Vectors | None
+    content: IndexContent, corpus: MergedCorpus, queries: Vectors | None, beside: int
 ) -> tuple[IndexSpec, Sequence[Considered]]:
     """Return the spec with a kind instead of ``auto``, and what it was chosen from."""
     spec = content.requested
     if spec.kind != "auto":
         return spec, ()
     if content.count < EXACT_BELOW:
-        return replace(spec, kind="exact"), ()
+        return exact(spec, content, beside)
     if queries is None:
         raise DataError("index kind auto: it measures with held-out queries; give some, or name a kind")
     sample = corpus.rows(sampled(content.count))
     cut = truncated(sample, content.dimension, content.document_encoder.normalize)
-    return choose(spec, content, cut, queries)
+    return choose(spec, content, cut, queries, beside)
 
 
 def _require_finite(corpus: EncodedCorpus) -> None:

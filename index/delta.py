@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from index.ann import Selection
 from index.documents import record_batch
-from index.filters import Filter, matches
+from index.filters import Filter, Mask, matches
 from index.ids import DocumentIds
 from index.manifest import IndexContent
 from index.scoring import Scored, Scorer
@@ -20,61 +21,129 @@ from index.vectors import Rows, StoredVectors
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.matryoshka import truncated
 
+_ROOM = 64
+
 
 @dataclass(frozen=True)
 class Delta:
-    """The state after some updates; never changed, replaced by the next.
+    """The state after some updates; who searches it sees nothing of later ones.
+
+    It shares ids, fields and vectors with the states before and after it, so that an update costs what it holds and not
+    what all before it held. Each state looks only at its own part of them, and the next is made of the newest alone.
 
     Attributes:
-        rows: Place of each added or replaced document among the delta's vectors.
-        fields: What is stored with each of them.
-        touched: Every document that an update names; the version's own vector of it is no longer searched.
+        content: What the version holds.
+        ids: The version's own documents.
+        doc_ids: The document of each row.
+        fields: What is stored with it.
+        places: The row of every document that an update names, in the newest state; below 0 when it was deleted. The
+            version's own vector of it is no longer searched.
+        vectors: float32 ``[room, d]``, as the version stores them.
+        living: bool ``[rows]``, which rows nothing replaced or deleted.
+        longest: No vector is longer.
+        batches: The rows' fields as Arrow columns, for filters.
         base: The documents of the version that are still searched; None when all are.
-        hidden: How many are not.
-        scorer: Scores the delta's documents.
-        batch: Their fields as Arrow columns, for filters.
     """
 
-    rows: Mapping[str, int]
-    fields: Sequence[Mapping[str, Any]]
-    touched: frozenset[str]
-    base: Selection | None
-    hidden: int
-    scorer: Scorer
-    batch: pa.RecordBatch
+    content: IndexContent
+    ids: DocumentIds
+    doc_ids: list[str]
+    fields: list[Mapping[str, Any]]
+    places: dict[str, int]
+    vectors: Vectors
+    living: Mask
+    longest: float = 0.0
+    batches: tuple[pa.RecordBatch, ...] = ()
+    base: Selection | None = None
 
     @classmethod
-    def of(cls, whole: Update, content: IndexContent, ids: DocumentIds) -> Delta:
-        """Return what the sum of all updates makes of a version."""
-        card = content.document_encoder
-        stored = truncated(whole.vectors, content.dimension, card.normalize)
-        longest = float(np.linalg.norm(stored.astype(np.float64), axis=1).max(initial=0.0))
-        touched = frozenset((*whole.doc_ids, *whole.deleted))
-        hidden = [row for doc_id in touched if (row := ids.row(doc_id)) is not None]
-        base = None
-        if hidden:
-            mask = np.ones(content.count, dtype=bool)
-            mask[hidden] = False
-            base = Selection(mask)
+    def none(cls, content: IndexContent, ids: DocumentIds) -> Delta:
+        """Return the state of a version that nobody has changed."""
+        return cls(content, ids, [], [], {}, np.empty((0, content.dimension), np.float32), np.empty(0, dtype=bool))
 
-        doc_ids = whole.doc_ids
+    @property
+    def count(self) -> int:
+        """Return the number of documents that can be found, the version's own included."""
+        own = self.content.count if self.base is None else self.base.count
+        return own + int(np.count_nonzero(self.living))
 
-        def ids_at(rows: Rows) -> list[str]:
-            return [doc_ids[row] for row in rows.tolist()]
-
-        return cls(
-            rows={doc_id: row for row, doc_id in enumerate(doc_ids)},
-            fields=whole.fields,
-            touched=touched,
-            base=base,
-            hidden=len(hidden),
-            scorer=Scorer(StoredVectors(stored, "float32"), longest, ids_at),
-            batch=record_batch(whole.fields, content.fields) if content.fields else pa.record_batch({}),
+    def after(self, update: Update) -> Delta:
+        """Return the state after one more update, to be asked of the newest state only."""
+        begin = len(self.living)
+        end = begin + len(update.doc_ids)
+        if end > len(self.vectors):
+            return self._with_room(len(update.doc_ids)).after(update)
+        stored = truncated(update.vectors, self.content.dimension, self.content.document_encoder.normalize)
+        batches = self.batches
+        if self.content.fields:
+            batches = _joined(batches, record_batch(update.fields, self.content.fields))
+        touched = (*update.doc_ids, *update.deleted)
+        replaced = [place for doc_id in touched if (place := self.places.get(doc_id, -1)) >= 0]
+        living = np.ones(end, dtype=bool)
+        living[:begin] = self.living
+        living[replaced] = False
+        # By place, for an update that failed half way may come again.
+        self.vectors[begin:end] = stored.reshape(end - begin, self.content.dimension)
+        self.doc_ids[begin:] = update.doc_ids
+        self.fields[begin:] = update.fields
+        base = self._base_without([doc_id for doc_id in touched if doc_id not in self.places])
+        self.places.update({doc_id: begin + i for i, doc_id in enumerate(update.doc_ids)})
+        self.places.update(dict.fromkeys(update.deleted, -1))
+        lengths = np.linalg.norm(stored.astype(np.float64), axis=1)
+        return replace(
+            self, living=living, longest=float(lengths.max(initial=self.longest)), batches=batches, base=base
         )
 
+    def held(self, doc_id: str) -> Mapping[str, Any] | None:
+        """Return what is stored with a document that an update names; None when it was deleted."""
+        place = self.places[doc_id]
+        return None if place < 0 else self.fields[place]
+
     def search(self, queries: Vectors, k: int, wanted: Filter | None, types: Mapping[str, str]) -> list[Scored]:
-        """Return each query's best ``k`` of the delta's documents that match."""
-        rows = np.arange(len(self.rows))
-        if wanted is not None:
-            rows = rows[matches(wanted, self.batch, types)]
-        return list(self.scorer.outright(queries, rows, k))
+        """Return each query's best ``k`` of the updated documents that match."""
+        chosen = self.living
+        if wanted is not None and len(chosen) > 0:
+            chosen = chosen & np.concatenate([matches(wanted, batch, types) for batch in self.batches])
+        return list(self._scorer.outright(queries, np.flatnonzero(chosen), k))
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(StoredVectors(self.vectors[: len(self.living)], "float32"), self.longest, self._ids_at)
+
+    def _ids_at(self, rows: Rows) -> list[str]:
+        return [self.doc_ids[row] for row in rows.tolist()]
+
+    def _base_without(self, doc_ids: Sequence[str]) -> Selection | None:
+        hidden = [row for doc_id in doc_ids if (row := self.ids.row(doc_id)) is not None]
+        if not hidden:
+            return self.base
+        mask = np.ones(self.content.count, dtype=bool) if self.base is None else self.base.mask.copy()
+        mask[hidden] = False
+        return Selection(mask, by_filter=False)
+
+    def _with_room(self, wanted: int) -> Delta:
+        """Return the same state over arrays of its own, without the rows that are no longer searched."""
+        kept = np.flatnonzero(self.living).tolist()
+        room = max(_ROOM, 2 * (len(kept) + wanted))
+        vectors = np.empty((room, self.content.dimension), dtype=np.float32)
+        vectors[: len(kept)] = self.vectors[kept]
+        doc_ids, fields = [self.doc_ids[row] for row in kept], [self.fields[row] for row in kept]
+        places = dict.fromkeys(self.places, -1) | {doc_id: row for row, doc_id in enumerate(doc_ids)}
+        batches = (record_batch(fields, self.content.fields),) if self.content.fields else ()
+        return replace(
+            self,
+            doc_ids=doc_ids,
+            fields=fields,
+            places=places,
+            vectors=vectors,
+            living=np.ones(len(kept), dtype=bool),
+            batches=batches,
+        )
+
+
+def _joined(batches: tuple[pa.RecordBatch, ...], last: pa.RecordBatch) -> tuple[pa.RecordBatch, ...]:
+    """Return the batches with one more, each longer than those after it together, so that there are few."""
+    while batches and batches[-1].num_rows <= last.num_rows:
+        last = pa.concat_batches([batches[-1], last])
+        batches = batches[:-1]
+    return (*batches, last)

@@ -21,12 +21,13 @@ import math
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from index import gpu
 from index.ann import Selection, faiss
+from index.filters import Mask
 from index.threads import faiss_threads
 from index.vectors import BLOCK_ROWS, Rows, StoredVectors
 from retrieval_kd.artifacts import atomic_write
@@ -53,6 +54,8 @@ _POINTS_PER_LIST = 39
 # scanned codes it adds up by itself.
 _QUERIES_AT_ONCE = 16
 _SPARE = 1.2
+# Kinds that can look only at the chosen.
+_SELECTIVE = ("ivf", "ivf-pq", "ivf-rabitq", *_HNSW)
 _TIES = 32
 # faiss shuffles the nodes it adds in one call, and a graph whose nodes come in the order of their ids is a worse one.
 _ADDED_AT_ONCE = 65536
@@ -132,6 +135,20 @@ def _filled(vectors: StoredVectors, spec: IndexSpec) -> Any:
     return index
 
 
+class Proposals(NamedTuple):
+    """What a kind found.
+
+    Attributes:
+        scores: float32 ``[n, width]``, by the kind's own measure.
+        rows: int64 ``[n, width]``; below 0 for nothing found, or a document that may not be ranked.
+        enough: bool ``[n]``, whether as many as are wanted were left, or all that can be had were looked at.
+    """
+
+    scores: Scores
+    rows: Rows
+    enough: Mask
+
+
 class Proposer:
     """What proposes documents for queries; any number of threads may use it at once."""
 
@@ -178,30 +195,29 @@ class Proposer:
             self._spec.kind == "ivf" and self._vectors.storage == "float32"
         )
 
-    @property
-    def filters(self) -> bool:
-        """Return whether :meth:`propose` looks only at the chosen; other kinds propose more and drop the rest."""
-        return self._spec.kind in ("ivf", "ivf-pq", "ivf-rabitq", *_HNSW)
-
-    def propose(self, queries: Vectors, k: int, effort: Effort, chosen: Selection | None) -> tuple[Scores, Rows]:
-        """Return scores and rows ``[n, width]`` of the documents most likely to be among the best ``k``.
+    def propose(self, queries: Vectors, k: int, effort: Effort, chosen: Selection | None, harder: int = 1) -> Proposals:
+        """Return the documents most likely to be among the best ``k``.
 
         Args:
             queries: float32 ``[n, d]``.
             k: Documents wanted, at most as many as are chosen and at most :attr:`most`.
             effort: How hard to look; enlarged by the share of documents that are not chosen.
             chosen: The documents that may be proposed, at least one; all when None.
-
-        Returns:
-            Rows below 0 stand for nothing found.
+            harder: How many times harder still, where an earlier call found too few of the chosen.
         """
-        share = 1.0 if chosen is None else chosen.count / self._vectors.count
-        dropped = None if chosen is None or self.filters else chosen.mask
-        width = effort.width(self._spec, k)
-        if dropped is not None:
-            width = math.ceil(_SPARE * width / share)
-        width = min(width, self._vectors.count, self.most)
-        parameters = self._parameters(effort, width, share, chosen)
+        count = self._vectors.count
+        ceiling = min(count, self.most)
+        share = 1.0 if chosen is None else chosen.count / count
+        # A walk that sees only the chosen does not tell when it ended among the others; what was dropped is counted.
+        selecting = chosen is not None and chosen.by_filter and not chosen.most and self._spec.kind in _SELECTIVE
+        selected, kept = (chosen, None) if selecting else (None, chosen)
+        wanted = width = min(effort.width(self._spec, k), ceiling)
+        if kept is not None:
+            spare = math.ceil(_SPARE * wanted * harder / share) - wanted
+            width = min(wanted + min(spare, count - kept.count), ceiling)
+        parameters = self._parameters(
+            effort, wanted, width, harder / share, None if selected is None else selected.selector
+        )
         at_once = len(queries) if self._spec.kind == "fastscan" else _QUERIES_AT_ONCE
         with self._turn:
             found = [
@@ -211,21 +227,23 @@ class Proposer:
         scores, rows = found[0] if len(found) == 1 else map(np.concatenate, zip(*found, strict=True))
         if self._spec.kind == "gpu-cagra":
             # A walk that found fewer names the last number there is.
-            rows[rows >= self._vectors.count] = -1
-        if dropped is not None:
-            rows[~dropped[rows]] = -1
-        return scores, rows
+            rows[rows >= count] = -1
+        enough = np.ones(len(queries), dtype=bool)
+        if kept is not None:
+            dropped = ~kept.mask[rows] & (rows >= 0)
+            rows[dropped] = -1
+            enough = (np.count_nonzero(dropped, axis=1) <= width - wanted) | (width == ceiling)
+        return Proposals(scores, rows, enough)
 
-    def _parameters(self, effort: Effort, width: int, share: float, chosen: Selection | None) -> Any:
-        selector = None if chosen is None else chosen.selector
+    def _parameters(self, effort: Effort, wanted: int, width: int, times: float, selector: Any) -> Any:
         if self._spec.kind in GRAPHS:
-            nodes = min(self._vectors.count, math.ceil(max(width, effort.ef_search) / share))
+            nodes = min(self._vectors.count, max(width, math.ceil(max(wanted, effort.ef_search) * times)))
             if self._spec.kind == "gpu-cagra":
                 return gpu.cagra_parameters(nodes)
             return faiss.SearchParametersHNSW(efSearch=nodes, sel=selector)
         if self._spec.kind in _IVF:
-            probes = min(self._spec.lists, self.most, math.ceil(effort.probes / share))
-            return faiss.SearchParametersIVF(nprobe=probes, sel=selector if self.filters else None)
+            probes = min(self._spec.lists, self.most, round(effort.probes * times))
+            return faiss.SearchParametersIVF(nprobe=probes, sel=selector)
         return None
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from index.documents import DOCUMENTS, POSITIONS
 from retrieval_kd.artifacts import MANIFEST, FileEntry, Spec, file_sha256, read_json
 from retrieval_kd.encoders.card import EncoderCard
-from retrieval_kd.errors import ArtifactError, RkdError
+from retrieval_kd.errors import ArtifactError
 from retrieval_kd.recipes.schema import IndexSpec
 
 FORMAT_VERSION = 2
@@ -33,11 +33,12 @@ class IndexContent:
         largest_norm: Length of the longest stored vector; bounds the rounding error of any score.
         document_encoder: The encoder of the documents; queries must lie in its space.
         query_encoder: Fingerprint of the encoder whose queries it is for; empty if none was named.
+        query_card: That encoder; None if none was named, or by a release that did not store it.
         encoding_fingerprint: The encoding the vectors come from.
         corpus_fingerprint: The documents alone.
         queries_fingerprint: The query vectors it was tuned and tested with; empty if there were none.
         fields: What each stored field holds, by name.
-        tuning: How the search effort was chosen, as :mod:`index.tune` saw it; empty if it was not.
+        tuning: How kind and search effort were chosen, as :mod:`index.tune` saw it; empty if they were given.
         metric: What a score is.
     """
 
@@ -54,6 +55,7 @@ class IndexContent:
     fields: Mapping[str, str] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
     metric: Literal["inner_product"] = "inner_product"
+    query_card: EncoderCard | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -100,6 +102,7 @@ class IndexManifest:
             "content": {
                 **asdict(content),
                 "document_encoder": content.document_encoder.to_json(),
+                "query_card": None if content.query_card is None else content.query_card.to_json(),
                 "query_space": content.document_encoder.space_fingerprint,
                 "fingerprint": content.fingerprint,
             },
@@ -129,8 +132,10 @@ class IndexManifest:
                     "build the index again"
                 )
             held = {key: value for key, value in raw["content"].items() if key not in ("query_space", "fingerprint")}
+            asker = held.get("query_card")
             content = {
                 **held,
+                "query_card": None if asker is None else EncoderCard.from_json(asker, str(path)),
                 "requested": IndexSpec(**held["requested"]),
                 "index": IndexSpec(**held["index"]),
                 "document_encoder": EncoderCard.from_json(held["document_encoder"], str(path)),
@@ -184,12 +189,3 @@ def check_sizes(version: Path, manifest: IndexManifest) -> None:
         if size != entry.bytes:
             found = "missing" if size is None else f"{size} bytes"
             raise ArtifactError(f"{path}: {found}, the manifest says {entry.bytes} bytes; build the index again")
-
-
-def is_sound(version: Path) -> bool:
-    """Return whether a folder is a version whose every byte is as it was published."""
-    try:
-        check_files(version, IndexManifest.load(version))
-    except RkdError:
-        return False
-    return True

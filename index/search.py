@@ -25,13 +25,13 @@ from index.ids import IDS, DocumentIds, require_ids
 from index.kinds import Effort, Proposer
 from index.manifest import IndexContent, IndexManifest, check_files, check_sizes
 from index.probes import PROBE_DEPTH, Probes
-from index.scoring import Scored, Scorer
+from index.scoring import NOTHING, Scored, Scorer
 from index.store import VERSIONS, IndexStore, Lease, hold
 from index.threads import faiss_threads
 from index.updates import START, Update, UpdateLog, summed, writing
 from index.vectors import Storage, StoredVectors
 from retrieval_kd.encoders.base import Vectors
-from retrieval_kd.encoders.card import EncoderCard, require_same_space
+from retrieval_kd.encoders.card import EncoderCard, require_same_settings, require_same_space
 from retrieval_kd.encoders.corpus import check_vectors
 from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import ArtifactError, DataError
@@ -42,6 +42,8 @@ _MARGIN = 32
 # Below this many documents, or multiply-adds, scoring all that a filter selects is faster than walking around it.
 _SCORED_OUTRIGHT = 10_000
 _BUDGET = 1 << 23
+# When a kind has proposed this share in vain, comparing with all is cheaper than going on.
+_WIDEST = 8
 # The least share of the probes' documents that must be found again, and how far a score may lie off.
 _PROBES_FOUND = 0.95
 _PROBE_TOLERANCE = 1e-4
@@ -80,39 +82,57 @@ class Opened:
             chosen: The documents that may be ranked; all when None.
             effort: How hard the kind looks.
         """
-        k = min(k, self.content.count)
-        if chosen is not None:
-            k = min(k, chosen.count)
-            if chosen.count <= max(_SCORED_OUTRIGHT, _BUDGET // self.content.dimension):
-                return list(self._scorer.outright(queries, chosen.rows, k))
+        k = min(k, self.content.count if chosen is None else chosen.count)
+        if k == 0:
+            return [NOTHING] * len(queries)
+        few = max(_SCORED_OUTRIGHT, _BUDGET // self.content.dimension)
+        if chosen is not None and chosen.by_filter and not chosen.most and chosen.count <= few:
+            return list(self._scorer.outright(queries, chosen.rows, k))
         if exact or self._proposer is None or k > self._proposer.most:
             return self._scan(queries, k, chosen)
-        scores, rows = self._proposer.propose(queries, k, effort, chosen)
-        lacking = rows.min() < 0
-        if not self._proposer.scores_are_dots:
-            scores = self._scorer.float32_dots(queries, rows)
-        if not lacking:
-            return self._scorer.best(queries, scores, rows, k)
-        scores[rows < 0] = -np.inf
-        best = self._scorer.best(queries, scores, rows, k)
-        # A walk cannot reach nodes that the graph has cut off; the ranking is as long as promised all the same.
-        for i in np.flatnonzero(np.count_nonzero(rows >= 0, axis=1) < k).tolist():
-            best[i] = self._scan(queries[i : i + 1], k, chosen)[0]
-        return best
+        return self._proposed(self._proposer, queries, k, chosen, effort)
+
+    def _proposed(
+        self, proposer: Proposer, queries: Vectors, k: int, chosen: Selection | None, effort: Effort
+    ) -> Sequence[Scored]:
+        """Let the kind look harder for each query until enough of what it proposes may be ranked."""
+        best: dict[int, Scored] = {}
+        undecided, harder = np.arange(len(queries)), 1
+        while len(undecided) > 0:
+            scores, rows, enough = proposer.propose(queries[undecided], k, effort, chosen, harder)
+            # A walk cannot reach nodes that the graph has cut off; the ranking is as long as promised all the same.
+            long = np.count_nonzero(rows >= 0, axis=1) >= k
+            decided = enough & long
+            done = undecided[decided]
+            scores, rows = scores[decided], rows[decided]
+            if not proposer.scores_are_dots:
+                scores = self._scorer.float32_dots(queries[done], rows)
+            scores[rows < 0] = -np.inf
+            best.update(zip(done.tolist(), self._scorer.best(queries[done], scores, rows, k), strict=True))
+            lost = ~decided if rows.shape[1] * _WIDEST > self.content.count else enough & ~long
+            for query in undecided[lost].tolist():
+                best[query] = self._scan(queries[query : query + 1], k, chosen)[0]
+            undecided = undecided[~decided & ~lost]
+            harder *= 2
+        return [best[query] for query in range(len(queries))]
 
     def _scan(self, queries: Vectors, k: int, chosen: Selection | None) -> Sequence[Scored]:
         """Widen the candidates of each query until no document outside them can be among its best."""
         best: dict[int, Scored] = {}
         undecided = np.arange(len(queries))
         bounds = self._scorer.vectors.error_bound(queries, self.content.largest_norm)
-        count = self.content.count if chosen is None else chosen.count
-        parameters = None if chosen is None else faiss.SearchParameters(sel=chosen.selector)
+        selected, kept = (None, chosen) if chosen is None or chosen.most else (chosen, None)
+        count = self.content.count if selected is None else selected.count
+        parameters = None if selected is None else faiss.SearchParameters(sel=selected.selector)
         width = k + _MARGIN
         while len(undecided) > 0:
             width = min(width, count)
             scores, rows = self._scorer.vectors.scan.search(queries[undecided], width, params=parameters)
-            kth = scores[:, k - 1]
-            decided = (scores[:, -1] < kth - 2 * bounds[undecided]) | (width == count)
+            last = scores[:, -1].copy()
+            if kept is not None:
+                scores[~kept.mask[rows]] = -np.inf
+            kth = np.partition(scores, -k, axis=1)[:, -k]
+            decided = (last < kth - 2 * bounds[undecided]) | (width == count)
             done = undecided[decided]
             scored = self._scorer.best(queries[done], scores[decided], rows[decided], k)
             best.update(zip(done.tolist(), scored, strict=True))
@@ -137,7 +157,6 @@ class Searcher:
         self._opened = Opened(folder, manifest.content)
         self._log = UpdateLog.of(folder.parent.parent, folder.name)
         self._refreshing = threading.Lock()
-        self._updates: list[Update] = []
         self._read_to = START
         self._seen = (0, 0, 0)
         self._delta: Delta | None = None
@@ -198,7 +217,7 @@ class Searcher:
     def count(self) -> int:
         """Return the number of documents that can be found."""
         delta = self._refresh()
-        return self._content.count if delta is None else self._content.count - delta.hidden + len(delta.rows)
+        return self._content.count if delta is None else delta.count
 
     @property
     def dimension(self) -> int:
@@ -231,16 +250,23 @@ class Searcher:
         return dict(self._content.fields)
 
     def check_query_encoder(self, card: EncoderCard) -> None:
-        """Refuse a query encoder whose vectors do not lie in the documents' space; warn of one it was not tuned for.
+        """Refuse a query encoder that cannot be meant; warn of another one than the index was made for.
+
+        Not meant is one whose vectors do not lie in the documents' space, or the very model the index was made for with
+        another prefix, pooling, length or normalisation.
 
         Raises:
-            EncoderMismatch: names both encoders.
+            EncoderMismatch: names both encoders, or what they differ in.
         """
         require_same_space(card, self.card)
         if not self.is_tuned_for(card):
+            if self._content.query_card is not None:
+                require_same_settings(card, self._content.query_card)
+            elif self.query_encoder == self.card.fingerprint:
+                require_same_settings(card, self.card)
             _log.warning(
-                "index version %s was made for query encoder %s, not for %r (%s): same space, but another prefix, "
-                "weights or precision, so its measured recall need not hold; run `rkd index tune` with the new one",
+                "index version %s was made for query encoder %s, not for %r (%s): same space, but other weights or "
+                "precision, so its measured recall need not hold; run `rkd index tune` with the new one",
                 self.version,
                 self.query_encoder[:12],
                 card.name,
@@ -378,13 +404,12 @@ class Searcher:
         if self._opened.documents is None:
             raise DataError("filter: the index stores no fields; build it with --fields")
         mask = self._opened.documents.mask(wanted)
-        return Selection(mask if unchanged is None else mask & unchanged.mask)
+        return Selection(mask if unchanged is None else mask & unchanged.mask, by_filter=True)
 
     def _fields(self, doc_id: str, names: Sequence[str], delta: Delta | None) -> dict[str, Any]:
-        if delta is not None and doc_id in delta.touched:
-            if doc_id not in delta.rows:
+        if delta is not None and doc_id in delta.places:
+            if (held := delta.held(doc_id)) is None:
                 raise DataError(f"the index has no document {doc_id!r}")
-            held = delta.fields[delta.rows[doc_id]]
             return {name: held[name] for name in names if held.get(name) is not None}
         (row,) = self._opened.ids.rows([doc_id])
         return {} if self._opened.documents is None else self._opened.documents.fields([row], names)[0]
@@ -407,13 +432,12 @@ class Searcher:
             return self._delta
         with self._refreshing:
             state = self._log.state
-            news, self._read_to, anew = self._log.read(self._read_to)
-            if anew:
-                # The log was replaced, or a record was taken back because the disk refused it.
-                self._updates, self._delta = [], None
+            news, read_to, anew = self._log.read(self._read_to)
+            # Anew when the log was replaced, or a record was taken back because the disk refused it.
+            delta = None if anew else self._delta
             if news:
-                self._updates = [summed([*self._updates, *news])]
-                self._delta = Delta.of(self._updates[0], self._content, self._opened.ids)
+                delta = (delta or Delta.none(self._content, self._opened.ids)).after(summed(news))
+            self._delta, self._read_to = delta, read_to
             # Last: who finds it at the log's end does not wait for the lock.
             self._seen = state
             return self._delta
@@ -440,3 +464,13 @@ def make_probes(folder: Path, content: IndexContent, queries: Vectors) -> Probes
     rankings = [scored.ranked(depth) for scored in best]
     rows = np.asarray([opened.ids.rows(ranking.doc_ids) for ranking in rankings], dtype="<i8")
     return Probes(queries, rows, np.stack([ranking.scores for ranking in rankings]).astype("<f4"))
+
+
+def passes_self_test(version: Path) -> bool:
+    """Return whether every byte of a version is as it was published, and understood by this machine's libraries."""
+    try:
+        with Searcher.open(version) as searcher:
+            searcher.self_test()
+    except ArtifactError:
+        return False
+    return True

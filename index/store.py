@@ -30,7 +30,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from index.manifest import IndexContent, IndexManifest, check_files, is_sound
+from index.manifest import IndexContent, IndexManifest, check_files
 from index.updates import UpdateLog, writing
 from retrieval_kd.artifacts import (
     MANIFEST,
@@ -90,8 +90,9 @@ class IndexStore:
         fingerprint: str,
         write: Callable[[Path], IndexContent],
         hand_on: Callable[[Path], None],
+        works: Callable[[Path], bool],
     ) -> Path:
-        """Make a version current, writing it only if no sound version holds the same.
+        """Make a version current, writing it only if no version that works here holds the same.
 
         While it is written the current version takes updates, and another may become current.
 
@@ -99,6 +100,7 @@ class IndexStore:
             fingerprint: Identity of what the version holds.
             write: Writes the version's files into the empty folder it is given and returns what they are.
             hand_on: Called with the version just before it becomes the current one; no update comes in between.
+            works: Says whether a version that is there already can be used on this machine.
 
         Returns:
             The version's folder.
@@ -110,7 +112,7 @@ class IndexStore:
         try:
             (self._path / VERSIONS).mkdir(parents=True, exist_ok=True)
             with locked(self._path):
-                version = self._find(fingerprint) or self._add(write)
+                version = self._find(fingerprint, works) or self._add(write)
                 with hold(version), writing(self._path):
                     hand_on(version)
                     self._point_at(version)
@@ -208,13 +210,13 @@ class IndexStore:
             f"{self._path}: cannot write the index ({error.strerror or error}); what was published is unchanged"
         )
 
-    def _find(self, fingerprint: str) -> Path | None:
+    def _find(self, fingerprint: str, works: Callable[[Path], bool]) -> Path | None:
         for version in reversed(self.versions()):
             try:
                 same = IndexManifest.load(version).content.fingerprint == fingerprint
             except RkdError:
                 continue
-            if same and is_sound(version):
+            if same and works(version):
                 return version
         return None
 

@@ -25,7 +25,7 @@ from index.manifest import IndexContent
 from index.probes import evenly_spaced
 from index.search import Opened
 from index.threads import faiss_threads
-from index.vectors import write_stored
+from index.vectors import width_of, write_stored
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.errors import DataError
 from retrieval_kd.progress import progress, silence
@@ -66,13 +66,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Considered:
-    """A kind that ``auto`` built on a sample.
+    """A kind that ``auto`` looked at: built on a sample, or ``exact``, which needs no building.
 
     Attributes:
         kind: The kind.
         recall: Its recall on the sample.
-        milliseconds: What a query over the whole corpus is expected to take.
-        bytes: What the whole version's files are expected to take.
+        milliseconds: What a query over the whole corpus is expected to take; 0 where that was not measured.
+        bytes: What the whole version's files are expected to take, but for manifest and probes.
         verdict: ``chosen``, or why not.
     """
 
@@ -139,8 +139,28 @@ def tune(opened: Opened, queries: Vectors, target: float) -> tuple[Effort, Tunin
     return effort, Tuning(target, len(bench.queries), bench.point(effort).recall, tuple(curve))
 
 
+def exact(spec: IndexSpec, content: IndexContent, beside: int) -> tuple[IndexSpec, list[Considered]]:
+    """Return the spec with ``auto`` replaced by ``exact``, which has no file of its own and so takes the least.
+
+    Args:
+        spec: What was asked for; its kind is ``auto``.
+        content: What the version will hold.
+        beside: Bytes of the files that every kind has beside vectors and codes.
+
+    Raises:
+        DataError: it takes more than the memory limit.
+    """
+    size = beside + content.count * content.dimension * width_of(spec.storage)
+    if verdict := _too_large(spec, size):
+        raise DataError(
+            f"index kind auto: exact, the smallest kind, {verdict}; allow more memory, or ask for storage float16 or "
+            "sq8, a smaller dimension or fewer fields"
+        )
+    return replace(spec, kind="exact"), [Considered("exact", 1.0, 0.0, size, "chosen")]
+
+
 def choose(
-    spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Vectors
+    spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Vectors, beside: int
 ) -> tuple[IndexSpec, list[Considered]]:
     """Return the spec with ``auto`` replaced by the fastest kind that reaches the target within the memory limit.
 
@@ -149,6 +169,7 @@ def choose(
         content: What the version will hold.
         vectors: float32 ``[n, d]``, evenly spaced documents, or all of them, as wide as the index stores them.
         queries: float32 ``[m, d]``, by the query encoder, as wide.
+        beside: Bytes of the files that every kind has beside vectors and codes.
 
     Raises:
         DataError: no kind will do; says why for each.
@@ -157,7 +178,7 @@ def choose(
     considered = []
     with progress("try index kinds", len(kinds), "kinds") as advance, silence():
         for kind in kinds:
-            considered.append(_tried(replace(spec, kind=kind), content, vectors, queries))
+            considered.append(_tried(replace(spec, kind=kind), content, vectors, queries, beside))
             advance(1)
     able = [one for one in considered if one.verdict == ""]
     if not able:
@@ -175,7 +196,7 @@ def sampled(count: int) -> npt.NDArray[np.int64]:
     return evenly_spaced(count, _SAMPLE)
 
 
-def _tried(spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Vectors) -> Considered:
+def _tried(spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Vectors, beside: int) -> Considered:
     """Build a kind over a sample, tune it, and say what it would cost over the whole corpus."""
     count, dimension = vectors.shape
     with tempfile.TemporaryDirectory(prefix="rkd-index-") as scratch:
@@ -185,16 +206,21 @@ def _tried(spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Ve
         index = resolved(spec, count, dimension)
         write_ann(folder, stored, index)
         sample = replace(content, index=index, count=count, largest_norm=stored.longest(), fields={})
-        size = sum(path.stat().st_size for path in folder.iterdir()) * content.count // count
+        own = sum(path.stat().st_size for path in folder.iterdir() if path.name != IDS)
+        size = beside + own * content.count // count
         try:
             effort, tuning = tune(Opened(folder, sample), queries, spec.target_recall)
         except DataError as error:
             return Considered(spec.kind, 0.0, 0.0, size, str(error))
         spent = next(point.milliseconds for point in tuning.curve if point.effort == effort)
-    verdict = ""
-    if spec.memory_mib and size > spec.memory_mib * _MIB:
-        verdict = f"takes {size // _MIB} MiB, more than {spec.memory_mib}"
-    return Considered(spec.kind, tuning.recall, spent * _growth(spec.kind, content.count, count), size, verdict)
+    expected = spent * _growth(spec.kind, content.count, count)
+    return Considered(spec.kind, tuning.recall, expected, size, _too_large(spec, size))
+
+
+def _too_large(spec: IndexSpec, size: int) -> str:
+    if not spec.memory_mib or size <= spec.memory_mib * _MIB:
+        return ""
+    return f"takes {math.ceil(size / _MIB)} MiB, more than {spec.memory_mib}"
 
 
 def _growth(kind: str, count: int, sample: int) -> float:

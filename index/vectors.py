@@ -157,6 +157,11 @@ class StoredVectors:
         return 0.0 if self.scales is None else float(np.linalg.norm(np.abs(self.scales).sum(axis=0, dtype=np.float64)))
 
 
+def width_of(storage: Storage) -> int:
+    """Return how many bytes a number takes."""
+    return np.dtype(_DTYPES[storage]).itemsize
+
+
 def write_stored(
     folder: Path, blocks: Callable[[], Iterator[Vectors]], shape: tuple[int, int], storage: Storage
 ) -> StoredVectors:

@@ -84,6 +84,14 @@ class StoreError(ServeError):
     """The store could not be changed; what was there stays."""
 
 
+class MovedError(ServeError):
+    """Another version has become current, which the server will serve ``retry_after`` seconds later."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 @dataclass(frozen=True)
 class _Row:
     code: grpc.StatusCode
@@ -100,6 +108,7 @@ _TABLE: dict[type[Exception], _Row] = {
     PreconditionError: _Row(grpc.StatusCode.FAILED_PRECONDITION, "PRECONDITION_FAILED"),
     EncoderMismatch: _Row(grpc.StatusCode.FAILED_PRECONDITION, "ENCODER_MISMATCH"),
     StoreError: _Row(grpc.StatusCode.ABORTED, "STORE_UNCHANGED"),
+    MovedError: _Row(grpc.StatusCode.ABORTED, "INDEX_MOVED"),
     ArtifactError: _Row(grpc.StatusCode.DATA_LOSS, "DAMAGED_INDEX"),
     TimeoutError: _Row(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
 }
@@ -116,7 +125,7 @@ def to_status(error: Exception, request_id: str = "") -> status_pb2.Status:
     match error:
         case InvalidRequestError():
             details.append(_bad_request(error))
-        case OverloadedError():
+        case OverloadedError() | MovedError():
             details.append(_retry_info(error.retry_after))
         case UnknownError():
             details.append(error_details_pb2.ResourceInfo(resource_type=error.kind, resource_name=error.name))

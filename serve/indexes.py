@@ -19,14 +19,16 @@ from typing import Any, Protocol
 
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard
-from retrieval_kd.errors import ArtifactError, RkdError
+from retrieval_kd.errors import ArtifactError, RkdError, ServeError
 from retrieval_kd.runs import Ranking
-from serve.errors import NotReadyError, StoreError, UnknownError
+from serve.errors import MovedError, NotReadyError, PreconditionError, StoreError, UnknownError
 from serve.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 VERSION = "dense.retrieval/index_version"
 UNREADABLE = "unreadable"
+# A client asks three times, and the pointer is looked at every two seconds.
+_MOVED_SECONDS = 1.0
 
 
 class DocumentSearcher(Protocol):
@@ -296,6 +298,8 @@ class IndexHost:
             The version's name and how many documents can be found from now on.
 
         Raises:
+            MovedError: another version is current, and the server is about to serve it.
+            PreconditionError: another version is current, and the server has refused it.
             StoreError: the change cannot be written.
         """
 
@@ -314,9 +318,29 @@ class IndexHost:
                     await asyncio.wait([writing])
                     raise
                 except ArtifactError as error:
-                    raise StoreError(str(error)) from error
+                    raise await self._unwritten(searcher.version, error) from error
                 self._metrics.documents(count)
                 return searcher.version, count
+
+    async def _unwritten(self, served: str, error: ArtifactError) -> ServeError:
+        """Return what a remote caller can do about a change that was refused."""
+        try:
+            current = await asyncio.to_thread(self._source.current)
+        except ArtifactError:
+            return StoreError(str(error))
+        if current == served:
+            return StoreError(str(error))
+        if current == self._refused:
+            return PreconditionError(
+                "index",
+                f"index version {current} is current, but the server refused it and serves {served}, so nothing can be "
+                f"written; publish {served} to go on with it, or a sound version",
+            )
+        return MovedError(
+            f"index version {current} has just become current, and the server is about to serve it instead of "
+            f"{served}; nothing was written, so send it again in a moment",
+            _MOVED_SECONDS,
+        )
 
     async def _publish(self, version: str) -> tuple[str, str]:
         before = self._serving().searcher.version

@@ -25,6 +25,8 @@ Precision = Literal["fp32", "int8-dynamic", "int8-static", "fp16"]
 
 # Fields that say something about an encoder without changing any vector.
 _DESCRIPTIVE = frozenset({"name", "role", "space", "layers", "parameters", "fidelity"})
+# Fields by which one model makes several query encoders.
+_QUERY_SETTINGS = ("query_prefix", "pooling", "max_length", "normalize")
 # What stands in the file for readers and follows from the fields.
 _DERIVED = frozenset({"fingerprint", "space_fingerprint", "max_batch"})
 
@@ -234,4 +236,22 @@ def require_same_space(query: EncoderCard, document: EncoderCard) -> None:
         raise EncoderMismatch(
             f"query encoder {query.name!r} gives {query.dimension} numbers, documents have {document.dimension}; "
             "use the encoder the index was built for"
+        )
+
+
+def require_same_settings(query: EncoderCard, known: EncoderCard) -> None:
+    """Refuse the model of a known query encoder when its texts are prepared or its states pooled in another way.
+
+    Another model of the space is not refused, nor the same one at another precision, whose weights are its graph's.
+
+    Raises:
+        EncoderMismatch: names the keys and both values.
+    """
+    if (query.weights_hash, query.tokenizer_hash) != (known.weights_hash, known.tokenizer_hash):
+        return
+    pairs = [(key, getattr(query, key), getattr(known, key)) for key in _QUERY_SETTINGS]
+    if other := [f"{key} {mine!r} instead of {theirs!r}" for key, mine, theirs in pairs if mine != theirs]:
+        raise EncoderMismatch(
+            f"query encoder {query.name!r} has {', '.join(other)}, and is otherwise the one that the index was made "
+            "for; use that one, or run `rkd index tune` with this one"
         )

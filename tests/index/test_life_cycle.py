@@ -227,6 +227,26 @@ def test_self_test_fails_when_answers_differ(damage: str, tmp_path: Path, monkey
         searcher.self_test()
 
 
+def test_a_version_that_fails_its_self_test_here_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test says "build it here", and the same build gave back the very version that had failed."""
+    first = build_index(CORPORA[0], IndexSpec(), tmp_path)
+    whole = Probes.load
+
+    def as_another_library_reads_them(folder: Path) -> Probes:
+        probes = whole(folder)
+        return replace(probes, scores=probes.scores + np.float32(0.01)) if folder == first else probes
+
+    monkeypatch.setattr(Probes, "load", as_another_library_reads_them)
+    with Searcher.open(tmp_path) as searcher, pytest.raises(ArtifactError, match="so build it here"):
+        searcher.self_test()
+    second = build_index(CORPORA[0], IndexSpec(), tmp_path)
+    assert second.name.startswith("0000000002-")
+    assert IndexStore(tmp_path).current() == second
+    with Searcher.open(tmp_path) as searcher:
+        searcher.self_test()
+    assert build_index(CORPORA[0], IndexSpec(), tmp_path) == second
+
+
 def test_sizes_alone_are_checked_on_request(tmp_path: Path) -> None:
     """Reading every byte of a large index at every start of a worker would take minutes; a shrunk file kills."""
     _, (version,) = store_of(tmp_path, 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from index_helpers import KINDS, brute_force, card, clustered, corpus, query_card
 
 from index import search as search_module
-from index.build import build_index
+from index.build import build_index, retune
 from index.search import Searcher
 from index.store import IndexStore
 from index.vectors import StoredVectors
+from retrieval_kd.artifacts import file_sha256
 from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.errors import DataError, EncoderMismatch
 from retrieval_kd.recipes.schema import IndexSpec
@@ -258,21 +260,74 @@ def test_only_encoders_of_the_space_may_search(opened: Searcher) -> None:
 
 
 def test_another_query_encoder_than_the_recorded_one_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The space is the same with a wrong prefix, and so is every error: none; only the rankings are worse."""
+    """Every student of a space may search, but the recall in the manifest is that of one."""
     documents = corpus(clustered(1, 30, 8))
     right = query_card(documents.card)
-    wrong = replace(right, query_prefix="query: ")
+    other = replace(right, weights_hash="other", query_prefix="query: ")
     build_index(documents, IndexSpec(), tmp_path, right)
     with Searcher.open(tmp_path) as searcher:
         assert searcher.query_encoder == right.fingerprint
         searcher.check_query_encoder(right)
         assert searcher.is_tuned_for(right)
         assert caplog.messages == []
-        searcher.check_query_encoder(wrong)
-        assert not searcher.is_tuned_for(wrong)
-        assert len(caplog.messages) == 1
+        for number, one in enumerate((other, replace(right, weights_hash="of the graph", precision="int8-dynamic")), 1):
+            searcher.check_query_encoder(one)
+            assert not searcher.is_tuned_for(one)
+            assert len(caplog.messages) == number
         assert "was made for query encoder" in caplog.text
         assert "run `rkd index tune`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("query_prefix", "", "has query_prefix '' instead of 'query: '"),
+        ("query_prefix", "query:", "has query_prefix 'query:' instead of 'query: '"),
+        ("pooling", "cls", "has pooling 'cls' instead of 'mean'"),
+        ("max_length", 16, "has max_length 16 instead of 32"),
+        ("normalize", True, "has normalize True instead of False"),
+    ],
+)
+def test_the_right_model_with_another_prefix_is_refused(key: str, value: object, message: str, tmp_path: Path) -> None:
+    """Its vectors lie in the space and every ranking looks sound; ten points of nDCG are gone in silence."""
+    documents = corpus(clustered(1, 30, 8))
+    right = replace(query_card(documents.card), query_prefix="query: ")
+    wrong = replace(right, **{key: value})
+    build_index(documents, IndexSpec(), tmp_path, right)
+    with Searcher.open(tmp_path) as searcher, pytest.raises(EncoderMismatch, match=message):
+        searcher.check_query_encoder(wrong)
+    asked = replace(corpus(clustered(2, 20, 8)), card=wrong)
+    retuned = retune(tmp_path, asked, 0.5)
+    with Searcher.open(retuned) as searcher:
+        searcher.check_query_encoder(wrong)
+        with pytest.raises(EncoderMismatch, match=f"{key} .* instead of"):
+            searcher.check_query_encoder(right)
+
+
+def test_a_version_without_the_card_of_its_query_encoder_still_opens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Versions of earlier releases hold its fingerprint alone; a server that refused them would be an outage."""
+    documents = corpus(clustered(1, 30, 8))
+    student = query_card(documents.card)
+    for asker, wrong in ((student, replace(student, query_prefix="query: ")), (documents.card, None)):
+        version = build_index(documents, IndexSpec(), tmp_path, asker)
+        path = version / "manifest.json"
+        raw = json.loads(path.read_text())
+        assert raw["content"].pop("query_card")["fingerprint"] == asker.fingerprint
+        path.chmod(0o644)
+        path.write_text(json.dumps(raw))
+        old = version.rename(version.with_name(f"{version.name[:11]}{file_sha256(path)[:8]}"))
+        with Searcher.open(old) as searcher:
+            assert searcher.query_encoder == asker.fingerprint
+            if wrong is not None:
+                searcher.check_query_encoder(wrong)
+                assert "was made for query encoder" in caplog.text
+                continue
+            # The documents' own encoder is known all the same.
+            kept = replace(asker, query_prefix="query: ", space=asker.space_fingerprint)
+            with pytest.raises(EncoderMismatch, match="has query_prefix 'query: ' instead of ''"):
+                searcher.check_query_encoder(kept)
 
 
 def test_a_version_for_another_query_encoder_is_another_version(tmp_path: Path) -> None:

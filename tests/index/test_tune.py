@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from index_helpers import KINDS, card, clustered, corpus
+from index_helpers import KINDS, Documents, card, clustered, corpus
 
 from index import build as build_module
 from index import tune as tune_module
@@ -119,6 +119,31 @@ def test_auto_takes_exact_while_it_is_fast(queries: EncodedCorpus, tmp_path: Pat
     build_index(corpus(clustered(1, 60, 16)), IndexSpec("auto"), tmp_path)
     seen = inspect(tmp_path)
     assert (seen["requested"]["kind"], seen["index"]["kind"]) == ("auto", "exact")
+    (considered,) = seen["tuning"]["considered"]
+    assert (considered["kind"], considered["verdict"]) == ("exact", "chosen")
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "sq8"])
+def test_the_memory_limit_holds_for_few_documents_as_well(storage: str, tmp_path: Path) -> None:
+    """Below twenty thousand documents nothing was compared with the limit, and 2.6 MiB were published for 1 MiB."""
+    many = corpus(clustered(1, 10_000, 64))
+    collection = Documents({doc_id: {"title": "a title " * 10} for doc_id in many.ids})
+    titled = {"collection": collection, "fields": ["title"]}
+    for store, options, least in ((tmp_path / "bare", {}, 0), (tmp_path / "titled", titled, 1)):
+        need = {"float32": 3, "float16": 2, "sq8": 1}[storage] + least
+        build_index(collection.owned(many), IndexSpec("auto", storage, memory_mib=need), store, **options)
+        seen = inspect(store)
+        small = {"manifest.json", "probes.npz"}
+        taken = sum(one["bytes"] for one in seen["files"] if one["path"] not in small)
+        assert need - 1 < taken / 2**20 <= need
+        (considered,) = seen["tuning"]["considered"]
+        assert considered["bytes"] == pytest.approx(taken, rel=0.01)
+        if need > 1:
+            with pytest.raises(DataError, match=rf"exact, the smallest kind, takes {need} MiB, more than {need - 1};"):
+                build_index(
+                    collection.owned(many), IndexSpec("auto", storage, memory_mib=need - 1), store / "no", **options
+                )
+            assert not (store / "no" / "CURRENT").exists()
 
 
 def test_auto_builds_measures_and_remembers(

@@ -24,11 +24,12 @@ from serve_fakes import (
     real_store,
 )
 
+from index.search import Searcher
 from index.store import IndexStore
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.errors import ArtifactError, ServeError
 from retrieval_kd.runs import Ranking
-from serve import service
+from serve import indexes, service
 from serve.client import AsyncRetrievalClient, Document, Options, RetrievalClient
 from serve.indexes import IndexHandle, StoreSource
 
@@ -421,6 +422,53 @@ def test_a_real_store_takes_changes_that_other_servers_see_at_once(start: Start,
         assert {hit.fields["number"] for hit in one.search("text 4", options=only).hits} == {3, 4, 5}
         with pytest.raises(ServeError, match=r"documents: .*colour"):
             one.upsert([Document("x", text="a", fields={"colour": "red"})])
+
+
+def test_a_change_between_a_publish_and_the_next_look_at_the_pointer_is_sent_again(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A nightly publish from the command line made every upsert of two seconds fail, with nothing a caller could do."""
+    monkeypatch.setattr(indexes, "_MOVED_SECONDS", 0.3)
+    (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
+    running = start(searcher=real_store(tmp_path / "store", 30), tokens=tmp_path / "tokens", poll_seconds=60)
+    new = [Document("new", vector=np.full(DIMENSION, DIMENSION**-0.5))]
+    with RetrievalClient(running.target, token=TOKEN, retries=0) as hasty:
+        first = hasty.index().index_version
+        real_store(tmp_path / "store", 40)
+        second = IndexStore(tmp_path / "store").current().name
+        with pytest.raises(ServeError, match=f"{second} has just become current.*instead of {first}; nothing was writ"):
+            hasty.upsert(new)
+    with RetrievalClient(running.target, token=TOKEN, timeout=30) as patient, ThreadPoolExecutor(1) as other:
+        call = other.submit(patient.upsert, new)
+        time.sleep(0.1)
+        running.reload()
+        write = call.result(30)
+        assert (write.index_version, write.document_count) == (second, 41)
+
+
+def test_while_a_refused_version_is_current_a_caller_learns_how_to_write_again(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bad build stopped all writes, and told a remote caller to open the version that the server had refused."""
+    (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
+    running = start(searcher=real_store(tmp_path / "store", 30), tokens=tmp_path / "tokens", poll_seconds=0.05)
+    self_test = Searcher.self_test
+
+    def failing_once(self: Searcher) -> None:
+        if not self.version.startswith("0000000001-"):
+            raise ArtifactError("self-test failed")
+        self_test(self)
+
+    monkeypatch.setattr(Searcher, "self_test", failing_once)
+    with RetrievalClient(running.target, token=TOKEN) as admin:
+        first = admin.index().index_version
+        real_store(tmp_path / "store", 40)
+        second = IndexStore(tmp_path / "store").current().name
+        running.wait_for("rkd_index_loads_total", 1, outcome="failed")
+        with pytest.raises(ServeError, match=f"{second} is current, but the server refused it .* publish {first} to"):
+            admin.delete(["doc-7"])
+        assert admin.publish(first) == first
+        assert admin.delete(["doc-7"]).document_count == 29
 
 
 def test_a_real_store_publishes_and_rolls_back(start: Start, tmp_path: Path) -> None:

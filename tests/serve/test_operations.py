@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -18,13 +19,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from serve_fakes import STRANGER, FakeEncoder, FakeSearcher, Running, Start
+from serve_fakes import CARD, STRANGER, FakeEncoder, FakeSearcher, Running, Start, real_store
 from typer.testing import CliRunner
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd.cli.main import app
-from retrieval_kd.errors import ServeError
+from retrieval_kd.errors import EncoderMismatch, ServeError
 from serve import server as server_module
 from serve.client import AsyncRetrievalClient, Options, RetrievalClient
 from serve.config import ServeConfig
@@ -251,6 +252,26 @@ def test_a_wrong_encoder_never_serves_and_says_so(start: Start) -> None:
     """Fault: wrong encoder at load. Without it vectors of another space rank nonsense in good order."""
     with pytest.raises(Exception, match="cannot search documents encoded by 'fake'"):
         start(FakeEncoder(STRANGER), FakeSearcher())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"query_prefix": "query: "}, "has query_prefix 'query: ' instead of ''"),
+        ({"max_length": 16}, "has max_length 16 instead of 64"),
+        ({"dimensions": (8,)}, "gives 8 numbers, documents have 16"),
+        ({"space": "another"}, "cannot search documents encoded by 'fake'"),
+    ],
+)
+def test_a_student_with_a_wrong_prefix_or_dimension_never_serves(
+    start: Start, tmp_path: Path, wrong: dict[str, object], message: str
+) -> None:
+    """Fault: wrong encoder, wrong prefix, wrong dimension at load. Without it the right model is asked wrongly."""
+    source = real_store(tmp_path, 20)
+    student = replace(CARD, space=CARD.space_fingerprint)
+    with pytest.raises(EncoderMismatch, match=message):
+        start(FakeEncoder(replace(student, **wrong)), source)
+    start(FakeEncoder(replace(student, weights_hash="another student", query_prefix="ask: ")), source)
 
 
 def test_many_callers_share_one_async_connection(server: Running) -> None:

@@ -11,6 +11,7 @@ from retrieval_kd.errors import ArtifactError, EncoderMismatch
 from serve.errors import (
     MAX_VIOLATIONS,
     InvalidRequestError,
+    MovedError,
     NotReadyError,
     OverloadedError,
     PermissionDeniedError,
@@ -54,6 +55,7 @@ def read(status: status_pb2.Status) -> dict[str, Message]:
         (PreconditionError("reranker", "none"), grpc.StatusCode.FAILED_PRECONDITION, "PRECONDITION_FAILED"),
         (EncoderMismatch("space"), grpc.StatusCode.FAILED_PRECONDITION, "ENCODER_MISMATCH"),
         (StoreError("read-only"), grpc.StatusCode.ABORTED, "STORE_UNCHANGED"),
+        (MovedError("moved", 0.5), grpc.StatusCode.ABORTED, "INDEX_MOVED"),
         (ArtifactError("ids.npy: torn"), grpc.StatusCode.DATA_LOSS, "DAMAGED_INDEX"),
         (RuntimeError("secret"), grpc.StatusCode.INTERNAL, "INTERNAL"),
     ],
@@ -68,7 +70,8 @@ def test_each_error_has_its_code_and_reason(error: Exception, code: grpc.StatusC
 
 def test_retry_info_says_when_to_come_back() -> None:
     """Without it clients retry a slow server into the ground."""
-    assert read(to_status(OverloadedError("full", 0.2)))["RetryInfo"].retry_delay.ToMilliseconds() == 200
+    for error in (OverloadedError("full", 0.2), MovedError("moved", 0.2)):
+        assert read(to_status(error))["RetryInfo"].retry_delay.ToMilliseconds() == 200
     assert "RetryInfo" not in read(to_status(TimeoutError()))
 
 

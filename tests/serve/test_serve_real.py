@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from serve_fakes import STRANGER, Start
 
 from index.build import build_index
 from index.search import Searcher
-from retrieval_kd.encoders.corpus import encode_texts
+from retrieval_kd.encoders.corpus import EncodedCorpus, encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import ArtifactError, EncoderMismatch
 from retrieval_kd.export.onnx_export import export_encoder
@@ -93,6 +94,17 @@ def test_an_encoder_of_another_space_or_a_missing_index_is_refused(world: World,
         asyncio.run(enter(Engine(encoder, StoreSource(world.store), Limits(), 1)))
     with pytest.raises(ArtifactError, match="no index is published"):
         asyncio.run(enter(Engine(encoder, StoreSource(tmp_path / "nowhere"), Limits(), 1)))
+
+
+def test_the_student_of_the_index_with_another_prefix_is_refused(world: World, tmp_path: Path) -> None:
+    """Fault: wrong prefix at load. Same weights, same space, every ranking plausible, and ten points of nDCG gone."""
+    encoder = OnnxEncoder.load(world.encoder, 1)
+    student = replace(encoder.card.in_space_of(encoder.card, "query"), query_prefix="query: ")
+    corpus = EncodedCorpus.load(world.encoder.parent / "corpus")
+    build_index(corpus, IndexSpec(), tmp_path, student)
+    encoder._card = replace(student, query_prefix="")
+    with pytest.raises(EncoderMismatch, match="has query_prefix '' instead of 'query: '"):
+        asyncio.run(enter(Engine(encoder, StoreSource(tmp_path), Limits(), 1)))
 
 
 async def enter(engine: Engine) -> None:
