@@ -284,7 +284,8 @@ def _title(label: str) -> str:
         "asymmetric": "Asymmetric: a 3-layer query tower before the large encoder's documents",
         "symmetric": "Symmetric: one 3-layer encoder for both sides",
         "best": "The default recipe at its own budget",
-        "best-symmetric": "The default recipe at its own budget, symmetric",
+        "best-symmetric": "The default recipe at its own budget, symmetric in two stages",
+        "best-symmetric-one-stage": "The default recipe at its own budget, symmetric in one stage",
         "static": "Asymmetric: a static query encoder, one vector a token, before the large encoder's documents",
     }
     return titles.get(label, label)
@@ -315,15 +316,16 @@ def _setting(of_label: Mapping[str, Result]) -> Iterator[str]:
         f"{MEASURE} on the {SPLIT} split of {collections} queries{seen}. In brackets the share of {TEACHER}'s value "
         f"and the 95 % bootstrap interval of the difference from it."
     )
-    yield (
-        "CPU minutes are those of training the student: scores of the first stage's lists, and what makes a teacher "
-        "(the smaller cross-encoder, a fine-tuned pairwise one), come before; scores that later stages need and a "
-        "teacher that learns along are among them. Where none are given, another method's training was the same one."
-    )
     for one in trained:
         if one["overrides"] != first["overrides"]:
             yield f"{one['name']}: with {_overrides(one)}."
     if BASELINE in of_label:
+        yield (
+            "CPU minutes are those of training the student: scores of the first stage's lists, and what makes a "
+            "teacher (the smaller cross-encoder, a fine-tuned pairwise one), come before; scores that later stages "
+            "need and a teacher that learns along are among them. Where none are given, another method's training was "
+            "the same one."
+        )
         yield (
             f"Bold: differs from {BASELINE} there (paired randomisation test, Holm-corrected over the methods, "
             f"p < {LARGEST_P:g})."

@@ -106,7 +106,7 @@ def test_ids_and_filters_keep_to_the_limits_that_the_server_reports() -> None:
     for doc_id, wrong in (("éé", 0), ("ééa", 1)):
         assert len(delete_violations(pb.DeleteDocumentsRequest(doc_ids=[doc_id]), limits)) == wrong
         document = pb.Document(doc_id=doc_id, text="a")
-        assert len(upsert_violations(pb.UpsertDocumentsRequest(documents=[document]), limits, 2)) == wrong
+        assert len(upsert_violations(pb.UpsertDocumentsRequest(documents=[document]), limits, 2, {})) == wrong
         reranked = pb.RerankRequest(query="a", documents=[pb.RerankDocument(doc_id=doc_id)])
         assert len(rerank_violations(reranked, limits)) == wrong
     for levels, wrong in ((3, 0), (4, 1)):
