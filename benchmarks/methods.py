@@ -283,7 +283,8 @@ def _title(label: str) -> str:
     titles = {
         "asymmetric": "Asymmetric: a 3-layer query tower before the large encoder's documents",
         "symmetric": "Symmetric: one 3-layer encoder for both sides",
-        "best": "The default recipe at its own budget",
+        "best": "The default recipe at its own budget, with texts of two other collections",
+        "shipped": "The default recipe as it ships",
         "best-symmetric": "The default recipe at its own budget, symmetric in two stages",
         "best-symmetric-one-stage": "The default recipe at its own budget, symmetric in one stage",
         "static": "Asymmetric: a static query encoder, one vector a token, before the large encoder's documents",

@@ -52,10 +52,6 @@ def equal_length_batches(
         int64 positions into ``lengths``; together each position exactly once.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
-    if len(sizes) == 1:
-        # Sorting one query takes longer than a static encoder does.
-        yield np.zeros(1, dtype=np.int64)
-        return
     order = np.argsort(-sizes, kind="stable")
     for group in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
         if len(group):

@@ -88,13 +88,24 @@ class OnnxEncoder:
 
     def run(self, rows: Sequence[Sequence[int]], on_rows: Callable[[int], object] | None = None) -> Vectors:
         """Return float32 ``[len(rows), card.dimension]``, a row's bits not depending on its company."""
+        if len(rows) == 1:
+            # Arranging the batches of one query takes longer than a static encoder does.
+            vectors = self._encoded(rows)
+            if on_rows is not None:
+                on_rows(1)
+            return vectors
         vectors = np.empty((len(rows), self._card.dimension), dtype=np.float32)
         for batch in equal_length_batches([len(row) for row in rows], BATCH_TOKENS, self._card.max_batch):
-            feed = dict(zip(INPUTS, pad([rows[i] for i in batch]), strict=True))
-            vectors[batch] = self._session.run([OUTPUT], feed)[0]
+            vectors[batch] = self._encoded([rows[i] for i in batch])
             if on_rows is not None:
                 on_rows(len(batch))
         return vectors
+
+    def _encoded(self, rows: Sequence[Sequence[int]]) -> Vectors:
+        """Return the vectors of rows of one length."""
+        ids, mask = pad(rows)
+        (vectors,) = self._session.run([OUTPUT], {INPUTS[0]: ids, INPUTS[1]: mask})
+        return np.asarray(vectors, dtype=np.float32)
 
 
 def open_session(model: Path | bytes, threads: int | None = None, provider: str = CPU) -> onnxruntime.InferenceSession:
