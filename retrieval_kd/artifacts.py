@@ -266,21 +266,21 @@ def build(folder: Path, spec: Spec, work: Callable[[Path], Mapping[str, Any]]) -
 
 def config_of(folder: Path) -> Mapping[str, Any] | None:
     """Return the configuration of what a folder holds, finished or not; None where that is unknown."""
-    for name in (MANIFEST, PLAN):
-        with contextlib.suppress(ArtifactError, AttributeError):
-            config = read_json(folder / name).get("config")
-            if isinstance(config, dict):
-                return config
-    return None
+    finished = _mapping(folder / MANIFEST, "config")
+    return _mapping(folder / PLAN, "config") if finished is None else finished
 
 
 def asked_of(plan: Path) -> Mapping[str, Any]:
     """Return what was asked for when an unfinished folder was begun; nothing where its plan is torn or older."""
+    return _mapping(plan, "asked") or {}
+
+
+def _mapping(path: Path, key: str) -> Mapping[str, Any] | None:
     with contextlib.suppress(ArtifactError, AttributeError):
-        asked = read_json(plan).get("asked")
-        if isinstance(asked, dict):
-            return asked
-    return {}
+        value = read_json(path).get(key)
+        if isinstance(value, dict):
+            return value
+    return None
 
 
 def producers() -> dict[str, str]:

@@ -168,6 +168,15 @@ def _weights(folder: Path) -> dict[str, bytes]:
     return {name: tensor.tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
+def test_a_stage_takes_as_many_extra_texts_as_its_steps_read(tiny: Path) -> None:
+    """Without it every sentence of a large corpus would be encoded before a training that reads a few thousand."""
+    of = ["losses=[{name: embedding_regression}]", "extra_texts={batch: 2}", "schedule.epochs=1"]
+    few = workspace(tiny, *tiny_overrides(tiny, "asymmetric"), *of, "schedule.epoch_queries=20").last
+    many = workspace(tiny, *tiny_overrides(tiny, "asymmetric"), *of).last
+    # Batches of 8: three steps for 20 queries, six for all 48.
+    assert (len(few.extra_texts), len(many.extra_texts)) == (6, 12)
+
+
 def test_one_stage_under_a_name_is_the_recipe_itself(tiny: Path) -> None:
     """Without it stages would be a second path through training, with results of their own."""
     plain = workspace(tiny, *tiny_overrides(tiny, "asymmetric"))

@@ -97,6 +97,9 @@ def test_progress_counts_every_text_once(encoder: OnnxEncoder) -> None:
     counts: list[int] = []
     encoder.encode(TEXTS, "query", counts.append)
     assert sum(counts) == len(TEXTS)
+    counts.clear()
+    encoder.encode(TEXTS[:1], "query", counts.append)
+    assert counts == [1]
 
 
 def test_threads_do_not_disturb_each_other(encoder: OnnxEncoder) -> None:

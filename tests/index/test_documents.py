@@ -37,6 +37,13 @@ def opened(folder: Path, fields: dict[str, dict[str, Any]], names: list[str]) ->
     return Searcher.open(folder)
 
 
+def test_stored_fields_are_no_part_of_an_indexs_size_for_each_document(tmp_path: Path) -> None:
+    """Without it an index that also stores long texts would look like a worse one in every comparison."""
+    fields = {f"d{i}": {"text": "word " * 100} for i in range(9)}
+    with opened(tmp_path / "with", fields, ["text"]) as stored, opened(tmp_path / "without", fields, []) as plain:
+        assert stored.bytes_per_doc == plain.bytes_per_doc > 0
+
+
 @settings(max_examples=25, deadline=None)
 @given(values=st.lists(JSON, min_size=1, max_size=9))
 def test_whatever_json_holds_comes_back(tmp_path_factory: pytest.TempPathFactory, values: list[Any]) -> None:

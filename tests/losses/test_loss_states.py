@@ -97,10 +97,10 @@ def test_the_bank_keeps_the_newest_in_order() -> None:
 
 def test_the_bank_keeps_a_text_once() -> None:
     """A bank longer than an epoch would hold each text as often as there were epochs, and the loss rise with them."""
-    bank = MemoryBank(size=4)
+    bank = MemoryBank(size=6)
     for rows in ((1, 2), (3, 1), (4, 5)):
         bank.update(vectors(*rows), 0.0, 0.0)
-    assert bank.fields()["bank"][:, 0].tolist() == [3.0, 1.0, 4.0, 5.0]
+    assert bank.fields()["bank"][:, 0].tolist() == [2.0, 3.0, 1.0, 4.0, 5.0]
 
 
 def test_a_bank_of_size_zero_stays_empty() -> None:
