@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 
 from retrieval_kd.artifacts import Artifact
-from retrieval_kd.batching import equal_length_batches, pad
+from retrieval_kd.batching import equal_length_batches
 from retrieval_kd.encoders.base import TextTokenizer, Vectors
 from retrieval_kd.encoders.card import EncoderCard, Side
 from retrieval_kd.errors import ArtifactError
@@ -103,8 +103,8 @@ class OnnxEncoder:
 
     def _encoded(self, rows: Sequence[Sequence[int]]) -> Vectors:
         """Return the vectors of rows of one length."""
-        ids, mask = pad(rows)
-        (vectors,) = self._session.run([OUTPUT], {INPUTS[0]: ids, INPUTS[1]: mask})
+        ids = np.array(rows, dtype=np.int64)
+        (vectors,) = self._session.run([OUTPUT], {INPUTS[0]: ids, INPUTS[1]: np.ones_like(ids)})
         return np.asarray(vectors, dtype=np.float32)
 
 

@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
 import onnx
 import torch
-from torch import nn
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
 OPSET = 17
 
@@ -73,6 +75,41 @@ def fuse(graph: onnx.ModelProto, config: Any) -> onnx.ModelProto:
             hidden_size=config.hidden_size,
             opt_level=0,
         ).model
+
+
+def token_sum(table: Tensor, inputs: Sequence[str], output: str) -> onnx.ModelProto:
+    """Write the shortest graph that adds up token vectors and scales the sum to unit length.
+
+    In a query of a static encoder, walking from operator to operator takes onnxruntime longer than their work: the
+    traced graph has 25, this one 6. The sum is a product with the mask, for ``ReduceSum`` adds up in another order in a
+    batch.
+
+    Args:
+        table: One vector a token, float ``[V, d]``.
+        inputs: The names of token ids and mask, int64 ``[B, L]`` each.
+        output: The name of the vectors, ``[B, d]``.
+    """
+    ids, mask = inputs
+    nodes = [
+        helper.make_node("Gather", ["table", ids], ["vectors"]),
+        helper.make_node("Cast", [mask], ["kept"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["kept", "row"], ["rows"]),
+        helper.make_node("MatMul", ["rows", "vectors"], ["sums"]),
+        helper.make_node("LpNormalization", ["sums"], ["units"], axis=-1, p=2),
+        helper.make_node("Squeeze", ["units", "row"], [output]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "token_sum",
+        [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "length"]) for name in inputs],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", table.shape[1]])],
+        [
+            numpy_helper.from_array(table.detach().float().cpu().numpy(), "table"),
+            numpy_helper.from_array(np.array([1], np.int64), "row"),
+        ],
+    )
+    opset = helper.make_opsetid("", OPSET)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=helper.find_min_ir_version_for([opset]))
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,9 +14,10 @@ from tiny import WORDS, tiny_encoder
 from tokenizers import Tokenizer
 
 from retrieval_kd.encoders.card import require_same_space
-from retrieval_kd.encoders.onnx import OnnxEncoder
+from retrieval_kd.encoders.onnx import OnnxEncoder, open_session
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.errors import ArtifactError, RecipeError
+from retrieval_kd.export.graph import token_sum
 from retrieval_kd.export.onnx_export import Probes, export_encoder
 from retrieval_kd.recipes.schema import EncoderSpec, ExportSpec, StudentSpec
 from retrieval_kd.students.build import build_student
@@ -170,6 +172,46 @@ def test_export_has_the_same_bits_in_any_company(tmp_path: Path) -> None:
     together = encoder.encode(texts, "query")
     np.testing.assert_allclose(together, student.encode(texts, "query"), atol=1e-6)
     assert np.array_equal(together, np.concatenate([encoder.encode([text], "query") for text in texts]))
+
+
+def test_exported_graph_is_short_and_heeds_the_mask(tmp_path: Path) -> None:
+    """Without it a query takes longer to walk from operator to operator than to encode, or padding gets a say."""
+    student = static()
+    with torch.no_grad():
+        student.body.weights[7] = 0
+    student.refresh_card()
+    export_encoder(student, tmp_path, ExportSpec(), Probes(dict(enumerate(TEXTS)), {}, {}))
+    assert len(onnx.load(tmp_path / "model.onnx").graph.node) == 6
+    ids = np.array([[9, 10, 11], [7, 0, 0]], dtype=np.int64)
+    mask = np.array([[1, 1, 0], [1, 0, 0]], dtype=np.int64)
+    (vectors,) = open_session(tmp_path / "model.onnx").run(None, {"input_ids": ids, "attention_mask": mask})
+    np.testing.assert_allclose(vectors[0], student.encode(["w5 w6"], "query")[0], atol=1e-6)
+    assert not vectors[1].any()
+
+
+@pytest.mark.parametrize("width", [16, 384])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_sum_of_tokens_has_the_same_bits_in_any_company(width: int, threads: int) -> None:
+    """Without it a width or length at which onnxruntime multiplies in other blocks makes answers depend on load."""
+    rng = np.random.default_rng([1, 3])
+    names = ("ids", "mask")
+    table = torch.from_numpy(rng.normal(size=(50, width)).astype(np.float32))
+    session = open_session(token_sum(table, names, "sentence_embedding").SerializeToString(), threads)
+    for length in (1, 2, 12, 33, 200):
+        ids = rng.integers(50, size=(40, length))
+        (together,) = session.run(None, {"ids": ids, "mask": np.ones_like(ids)})
+        alone = [session.run(None, {"ids": row[None], "mask": np.ones_like(row[None])})[0] for row in ids]
+        assert np.array_equal(together, np.concatenate(alone))
+
+
+def test_vectors_without_unit_length_are_means(tmp_path: Path) -> None:
+    """Without it an encoder that keeps lengths is exported as one that does not."""
+    student = static(normalize=False)
+    artifact = export_encoder(student, tmp_path, ExportSpec(), Probes(dict(enumerate(TEXTS)), {}, {}))
+    assert artifact.summary["max_abs_error"] <= 1e-6
+    exported = OnnxEncoder.load(tmp_path).encode(TEXTS, "query")
+    np.testing.assert_allclose(exported, student.encode(TEXTS, "query"), atol=1e-6)
+    assert np.linalg.norm(exported[0]) != pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(
