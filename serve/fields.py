@@ -51,6 +51,15 @@ def fields_from_message(message: Struct, types: Mapping[str, str]) -> dict[str, 
     }
 
 
+def fields_of_hit(message: Struct) -> dict[str, Any]:
+    """Return the stored fields of a hit; a whole number up to :data:`LARGEST` is an ``int``, whatever was stored."""
+
+    def number(value: Any) -> Any:
+        return _whole(value) if isinstance(value, float) and abs(value) <= LARGEST else value
+
+    return {name: _each(value, number) for name, value in MessageToDict(message).items()}
+
+
 def is_of(holds: str, *types: str) -> bool:
     """Return whether a field holds values of one of the types, or lists of them."""
     return holds.removeprefix("list of ") in types

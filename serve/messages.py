@@ -10,12 +10,11 @@ from typing import Any, TypeVar, cast
 import grpc
 import numpy as np
 import numpy.typing as npt
-from google.protobuf.json_format import MessageToDict
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.errors import ServeError
-from serve.fields import fields_to_message
+from serve.fields import fields_of_hit, fields_to_message
 from serve.filters import filter_to_message
 from serve.limits import Limits
 from serve.tls import is_loopback
@@ -33,7 +32,7 @@ _DETAILS = "grpc-status-details-bin"
 class Hit:
     """One document: its id, its float32 score, its rank from 1, and the stored fields that were asked for.
 
-    An integer beyond ``2**53 - 1`` in magnitude is among the fields as its decimal string.
+    Among the fields a whole number is an ``int``; an integer beyond ``2**53 - 1`` in magnitude is its decimal string.
     """
 
     doc_id: str
@@ -475,7 +474,7 @@ def _vector(vector: npt.ArrayLike | None) -> pb.Vector:
 
 def _hits(hits: Iterable[pb.Hit]) -> tuple[Hit, ...]:
     return tuple(
-        Hit(hit.doc_id, hit.score, hit.rank, MessageToDict(hit.fields) if hit.HasField("fields") else {})
+        Hit(hit.doc_id, hit.score, hit.rank, fields_of_hit(hit.fields) if hit.HasField("fields") else {})
         for hit in hits
     )
 

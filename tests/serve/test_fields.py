@@ -73,6 +73,8 @@ def test_every_integer_comes_back_and_what_came_back_can_be_upserted(start: Star
         for fields in (BUILT, read()):
             client.upsert([Document("a", vector=VECTORS[0], fields=fields)])
             assert read() == READ
+            assert list(map(type, (read()["ns"][0], *read()["j"]["deep"]))) == [int, str, int, type(None), bool, str]
+            assert list(map(type, (read()["f"], *read()["fs"]))) == [float] * 3
             # JSON kept as such does not tell a decimal string from an integer, which filters do not compare there.
             exact = [name for name in TYPES if name != "j"]
             assert stored.fields(["a"], exact) == [{name: BUILT[name] for name in exact}]
