@@ -42,7 +42,7 @@ BASELINE = "margin_mse"
 TEACHER, START = "all-MiniLM-L6-v2", "undistilled"
 BATCH = 32
 LARGEST_P = 0.05
-SHORTEST_TRAINING = 0.05
+SHORTEST_TRAINING = 0.4
 RESULTS = Path(__file__).parent / "results" / "methods"
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 NEEDS = {
@@ -54,6 +54,7 @@ NEEDS = {
 }
 GOALS = {
     "best": {"msmarco-12k": 0.995, "scifact": 0.98, "nfcorpus": 0.98},
+    "best-longer": {"msmarco-12k": 0.995, "scifact": 0.98, "nfcorpus": 0.98},
     "best-symmetric": {"msmarco-12k": 0.98, "scifact": 0.96, "nfcorpus": 0.96},
     "best-symmetric-one-stage": {"msmarco-12k": 0.98, "scifact": 0.96, "nfcorpus": 0.96},
     "static": {"msmarco-12k": 0.85},
@@ -62,12 +63,16 @@ GOALS = {
 LIMITS = """\
 What a student of three layers lacks is the fit to the large encoder's vectors, and the fit still improves with texts
 and steps: the squared error on training texts is 0.23 after 5,000 texts, 0.095 after 40,000, and falls about as their
-number to the power -0.45. So what limits it here is computation: 162,524 texts are an hour of one core. Tried on dev
-(594 queries of msmarco-12k, where the large encoder has 0.868) without a gain: other layers to start from, a
+number to the power -0.45. So what limits it here is computation: 162,524 texts are an hour of one core. Trained twice
+as long (55 CPU minutes and another 44), the asymmetric student agrees better with the large encoder on dev (top
+document 0.955 after 0.925, Kendall's tau of the lists 0.79 after 0.71), but its nDCG@10 there is not higher (0.858
+after 0.860, within the noise of 594 queries), so the shorter training stays the one that was chosen.
+
+Tried on dev of msmarco-12k, where the large encoder has 0.868, without a gain: other layers to start from, a
 projection, larger batches, hidden states of every token and of the layer between (at equal steps the error falls by
 4 %, and a step takes 1.7 times as long), queries made of train queries and words of documents, and, symmetric in two
-stages, two epochs of both sides in place of one (0.8479 after 0.8485). The two symmetric students differ by less than
-either's interval, on dev by 0.004 for the one in two stages.
+stages, two epochs of both sides in place of one (0.8479 after 0.8485). The two symmetric students were chosen between
+on dev, too: the one in two stages is 0.004 higher there, less than the noise.
 
 No student is above the large encoder itself. The cross-encoder alone, over BM25's best 100, is below it (0.860 against
 0.872 on test); their mean is above it (0.883), but three thousand scored lists, or ten thousand judged train queries
@@ -149,11 +154,11 @@ def measured(name: str, arguments: argparse.Namespace, collections: Sequence[Col
         # counts processor time, for wall time would tell of the machine's other work.
         for stage in workspace.training[:1]:
             _ = stage.candidates, stage.teacher_scores if stage.needs_teacher else None
-        used = time.process_time()
+        minutes = [minutes_to_train(stage) for stage in workspace.training]
         query_encoder = TorchEncoder.open(workspace.last.folder)
-        minutes = (time.process_time() - used) / 60
         # A training found by its fingerprint, because another method came to the same one, says nothing of its cost.
-        cost = texts_seen(workspace.training) | ({"cpu_minutes": minutes} if minutes >= SHORTEST_TRAINING else {})
+        cost = texts_seen(workspace.training)
+        cost |= {"cpu_minutes": sum(minutes)} if min(minutes) >= SHORTEST_TRAINING else {}
     documents = document_encoder(workspace, query_encoder)
     return {
         "name": name,
@@ -177,6 +182,13 @@ def measured(name: str, arguments: argparse.Namespace, collections: Sequence[Col
         },
         "versions": producers(),
     }
+
+
+def minutes_to_train(stage: TrainingStage) -> float:
+    """Train a stage, or find it trained, and return the processor time of it."""
+    used = time.process_time()
+    _ = stage.folder
+    return (time.process_time() - used) / 60
 
 
 def needs_model(recipe: Recipe) -> bool:
@@ -306,6 +318,7 @@ def _title(label: str) -> str:
         "asymmetric": "Asymmetric: a 3-layer query tower before the large encoder's documents",
         "symmetric": "Symmetric: one 3-layer encoder for both sides",
         "best": "The default recipe at its own budget, with texts of two other collections",
+        "best-longer": "The default recipe trained twice as long, in two stages, with texts of two other collections",
         "shipped": "The default recipe as it ships",
         "best-symmetric": "The default recipe at its own budget, symmetric in two stages",
         "best-symmetric-one-stage": "The default recipe at its own budget, symmetric in one stage",
