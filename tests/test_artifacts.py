@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -44,7 +45,6 @@ def test_same_inputs_do_nothing(tmp_path: Path) -> None:
         Spec("score", {"depth": 4}, {"corpus": "abc"}, seed=1),
         Spec("score", {"depth": 3}, {"corpus": "abd"}, seed=1),
         Spec("score", {"depth": 3}, {"corpus": "abc"}, seed=2),
-        Spec("mine", {"depth": 3}, {"corpus": "abc"}, seed=1),
     ],
 )
 def test_any_change_of_identity_builds_anew(tmp_path: Path, other: Spec) -> None:
@@ -175,6 +175,24 @@ def test_a_folder_with_another_tools_manifest_is_left_alone(tmp_path: Path) -> N
         build(tmp_path, Spec("s", {}), _write)
     assert (tmp_path / "index.html").read_text() == "years of work"
     assert json.loads((tmp_path / "manifest.json").read_text())["name"] == "app"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_of_another_stage_is_left_alone(tmp_path: Path, finished: bool) -> None:
+    """Without it a path given for the wrong option would delete an exported model to put vectors in its place."""
+    folder, exported = tmp_path / "a", Spec("export", {"opset": 17})
+
+    def fail(target: Path) -> Mapping[str, Any]:
+        _write(target)
+        raise OSError("disk full")
+
+    with contextlib.nullcontext() if finished else pytest.raises(OSError, match="disk full"):
+        build(folder, exported, _write if finished else fail)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ArtifactError, match=r"a: holds what stage 'export' made, which stage 'encode' would delete"):
+        build(folder, Spec("encode", {}), _refuse)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert build(folder, exported, _write).summary == {"lines": 1}
 
 
 def test_two_builders_of_one_folder(tmp_path: Path) -> None:
