@@ -219,7 +219,12 @@ class Artifact:
                 )
 
 
-def build(folder: Path, spec: Spec, work: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+def build(
+    folder: Path,
+    spec: Spec,
+    work: Callable[[Path], Mapping[str, Any]],
+    whole: Callable[[Artifact], bool] = lambda _: True,
+) -> Artifact:
     """Return the artifact at ``folder``, running ``work`` only if it is not there yet.
 
     ``work(folder)`` writes the stage's files and returns the summary kept in the manifest. It may
@@ -230,6 +235,7 @@ def build(folder: Path, spec: Spec, work: Callable[[Path], Mapping[str, Any]]) -
         folder: Where the artifact lives.
         spec: The identity of what is made.
         work: The stage.
+        whole: Tells whether a finished artifact, whose own files are there, may be kept; it is built anew otherwise.
 
     Raises:
         ArtifactError: another process is building the same folder, or ``folder`` holds files that no
@@ -237,12 +243,12 @@ def build(folder: Path, spec: Spec, work: Callable[[Path], Mapping[str, Any]]) -
     """
     # Processes that run the same recipe open what is finished side by side; only building excludes.
     finished = opened(folder, spec)
-    if finished is not None:
+    if finished is not None and whole(finished):
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         finished = opened(folder, spec)
-        if finished is not None:
+        if finished is not None and whole(finished):
             return finished
         _prepare(folder, spec)
         summary = work(folder)
