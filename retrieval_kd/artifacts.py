@@ -215,7 +215,8 @@ class Artifact:
         for entry in self.files:
             if file_sha256(self.path / entry.path) != entry.sha256:
                 raise ArtifactError(
-                    f"{self.path / entry.path}: bytes differ from the manifest's sha256; build it again"
+                    f"{self.path / entry.path}: bytes differ from the manifest's sha256; "
+                    f"delete {self.path} and build it again"
                 )
 
 
