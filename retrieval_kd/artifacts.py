@@ -337,14 +337,17 @@ def _prepare(folder: Path, spec: Spec) -> None:
         for path in folder.rglob(".*.tmp"):
             path.unlink()
         return
+    identity = {"stage": spec.stage, "config": dict(spec.config), "asked": dict(spec.asked or spec.config)}
+    if leftovers:
+        # Nobody's fingerprint: stopped before all is cleared, the folder is ours still and nothing goes on from it.
+        write_json(plan, {**identity, "fingerprint": ""})
     # The manifest goes first: from here on the folder counts as unfinished, wherever we are stopped.
     (folder / MANIFEST).unlink(missing_ok=True)
-    identity = {"stage": spec.stage, "fingerprint": spec.fingerprint, "config": dict(spec.config)}
-    write_json(plan, {**identity, "asked": dict(spec.asked or spec.config)})
     for path in leftovers:
         if path.name in (PLAN, MANIFEST):
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_json(plan, {**identity, "fingerprint": spec.fingerprint})
 
 
 def _is_ours(manifest: Path) -> bool:

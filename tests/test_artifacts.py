@@ -105,6 +105,45 @@ def test_kill_between_files_and_manifest_is_unfinished(tmp_path: Path) -> None:
     assert artifact.summary == {"kept": "1"}
 
 
+def test_kill_while_another_spec_is_cleared_mixes_nothing(tmp_path: Path) -> None:
+    """Without it a stage would go on from what an earlier configuration left, and publish that as its own."""
+    script = textwrap.dedent(
+        """
+        import os, sys
+        from pathlib import Path
+        from sabotage import killed_at
+        from retrieval_kd.artifacts import Spec, atomic_write, build
+
+        os.fsync = lambda _: None
+        root = Path(sys.argv[1])
+
+        def make(folder, depth):
+            def work(target):
+                for name in ("a.txt", "b.txt", "c.txt"):
+                    if not (target / name).exists():
+                        with atomic_write(target / name) as file:
+                            file.write(str(depth))
+                return {}
+            return build(folder, Spec("s", {"depth": depth}), work)
+
+        kills, killed = 0, True
+        while killed:
+            folder = root / str(kills)
+            make(folder, 1)
+            killed = killed_at(kills + 1, lambda: make(folder, 2))
+            assert {(folder / entry.path).read_text() for entry in make(folder, 2).files} == {"2"}, kills
+            kills += 1
+        assert kills > 10, kills
+        """
+    )
+    path = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_atomic_write_leaves_the_old_file_on_failure(tmp_path: Path) -> None:
     """Without it an error while writing would leave a torn file under the final name."""
     path = tmp_path / "x.json"
