@@ -121,6 +121,7 @@ def truncated_corpus(corpus: EncodedCorpus, dimension: int, cache: Path) -> Enco
 
     folder = cache / f"truncate-{spec.fingerprint[:12]}"
     artifact = build(folder, spec, work)
+    artifact.verify()
     return EncodedCorpus(
         corpus.ids, map_vectors(folder / VECTORS), card, artifact.fingerprint, corpus.texts_fingerprint
     )
@@ -142,6 +143,7 @@ def _joined(parts: Sequence[tuple[str, EncodedCorpus]], texts_fingerprint: str, 
 
     folder = cache / f"join-vectors-{spec.fingerprint[:12]}"
     artifact = build(folder, spec, work)
+    artifact.verify()
     ids = read_ids(folder / IDS)
     return EncodedCorpus(ids, map_vectors(folder / VECTORS), card, artifact.fingerprint, texts_fingerprint)
 

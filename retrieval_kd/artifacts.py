@@ -4,7 +4,7 @@ Every stage writes a folder whose ``manifest.json`` comes last and by rename. It
 resolved configuration, the fingerprints of its inputs, the versions that produced it, the seed, and
 the size and sha256 of each file. Running a stage again with the same inputs returns the folder as it
 is; a half-finished folder is resumed by the stage's own shards; a folder of another configuration is
-built anew.
+built anew, one of another stage is left alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from retrieval_kd import __version__
 from retrieval_kd.errors import ArtifactError
@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 PLAN = ".plan.json"
 LOCK = ".lock"
 FORMAT_VERSION = 1
+T = TypeVar("T")
 _PRODUCERS = (
     "numpy",
     "torch",
@@ -214,34 +215,41 @@ class Artifact:
         for entry in self.files:
             if file_sha256(self.path / entry.path) != entry.sha256:
                 raise ArtifactError(
-                    f"{self.path / entry.path}: bytes differ from the manifest's sha256; build it again"
+                    f"{self.path / entry.path}: bytes differ from the manifest's sha256; "
+                    f"delete {self.path} and build it again"
                 )
 
 
-def build(folder: Path, spec: Spec, work: Callable[[Path], Mapping[str, Any]]) -> Artifact:
+def build(
+    folder: Path,
+    spec: Spec,
+    work: Callable[[Path], Mapping[str, Any]],
+    whole: Callable[[Artifact], bool] = lambda _: True,
+) -> Artifact:
     """Return the artifact at ``folder``, running ``work`` only if it is not there yet.
 
     ``work(folder)`` writes the stage's files and returns the summary kept in the manifest. It may
     find files of its own earlier, interrupted run (same spec) and go on from them, so whatever it
-    writes must be written with :func:`atomic_write`. A folder made by another spec is emptied first.
+    writes must be written with :func:`atomic_write`. A folder that the stage made by another spec is emptied first.
 
     Args:
         folder: Where the artifact lives.
         spec: The identity of what is made.
         work: The stage.
+        whole: Tells whether a finished artifact, whose own files are there, may be kept; it is built anew otherwise.
 
     Raises:
         ArtifactError: another process is building the same folder, or ``folder`` holds files that no
-            stage of ours wrote (they are left alone).
+            stage of ours wrote, or another stage than this one (they are left alone).
     """
     # Processes that run the same recipe open what is finished side by side; only building excludes.
     finished = opened(folder, spec)
-    if finished is not None:
+    if finished is not None and whole(finished):
         return finished
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         finished = opened(folder, spec)
-        if finished is not None:
+        if finished is not None and whole(finished):
             return finished
         _prepare(folder, spec)
         summary = work(folder)
@@ -266,19 +274,23 @@ def build(folder: Path, spec: Spec, work: Callable[[Path], Mapping[str, Any]]) -
 
 def config_of(folder: Path) -> Mapping[str, Any] | None:
     """Return the configuration of what a folder holds, finished or not; None where that is unknown."""
-    finished = _mapping(folder / MANIFEST, "config")
-    return _mapping(folder / PLAN, "config") if finished is None else finished
+    finished = _value(folder / MANIFEST, "config", dict)
+    return _value(folder / PLAN, "config", dict) if finished is None else finished
 
 
 def asked_of(plan: Path) -> Mapping[str, Any]:
     """Return what was asked for when an unfinished folder was begun; nothing where its plan is torn or older."""
-    return _mapping(plan, "asked") or {}
+    return _value(plan, "asked", dict) or {}
 
 
-def _mapping(path: Path, key: str) -> Mapping[str, Any] | None:
+def _stage_of(folder: Path) -> str | None:
+    return _value(folder / MANIFEST, "stage", str) or _value(folder / PLAN, "stage", str)
+
+
+def _value(path: Path, key: str, kind: type[T]) -> T | None:
     with contextlib.suppress(ArtifactError, AttributeError):
         value = read_json(path).get(key)
-        if isinstance(value, dict):
+        if isinstance(value, kind):
             return value
     return None
 
@@ -304,7 +316,7 @@ def opened(folder: Path, spec: Spec) -> Artifact | None:
 
 
 def _prepare(folder: Path, spec: Spec) -> None:
-    """Keep the shards of an interrupted run of the same spec; clear those of another."""
+    """Keep the shards of an interrupted run of the same spec; clear those of another spec of the same stage."""
     plan = folder / PLAN
     # Of a run killed before its plan was whole; with it the folder would look like a stranger's.
     for half in folder.glob(f".{PLAN}.*.tmp"):
@@ -315,19 +327,27 @@ def _prepare(folder: Path, spec: Spec) -> None:
         raise ArtifactError(
             f"{folder}: not empty and not written by retrieval-kd ({leftovers[0].name}, ...); give an empty folder"
         )
+    held = _stage_of(folder)
+    if held not in (None, spec.stage):
+        raise ArtifactError(
+            f"{folder}: holds what stage {held!r} made, which stage {spec.stage!r} would delete; give another folder"
+        )
     if plan.is_file() and not (folder / MANIFEST).exists() and _same_plan(plan, spec):
         # A killed run leaves the hidden halves of atomic_write; the manifest would list them.
         for path in folder.rglob(".*.tmp"):
             path.unlink()
         return
+    identity = {"stage": spec.stage, "config": dict(spec.config), "asked": dict(spec.asked or spec.config)}
+    if leftovers:
+        # Nobody's fingerprint: stopped before all is cleared, the folder is ours still and nothing goes on from it.
+        write_json(plan, {**identity, "fingerprint": ""})
     # The manifest goes first: from here on the folder counts as unfinished, wherever we are stopped.
     (folder / MANIFEST).unlink(missing_ok=True)
-    identity = {"stage": spec.stage, "fingerprint": spec.fingerprint, "config": dict(spec.config)}
-    write_json(plan, {**identity, "asked": dict(spec.asked or spec.config)})
     for path in leftovers:
         if path.name in (PLAN, MANIFEST):
             continue
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_json(plan, {**identity, "fingerprint": spec.fingerprint})
 
 
 def _is_ours(manifest: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -44,7 +45,6 @@ def test_same_inputs_do_nothing(tmp_path: Path) -> None:
         Spec("score", {"depth": 4}, {"corpus": "abc"}, seed=1),
         Spec("score", {"depth": 3}, {"corpus": "abd"}, seed=1),
         Spec("score", {"depth": 3}, {"corpus": "abc"}, seed=2),
-        Spec("mine", {"depth": 3}, {"corpus": "abc"}, seed=1),
     ],
 )
 def test_any_change_of_identity_builds_anew(tmp_path: Path, other: Spec) -> None:
@@ -103,6 +103,45 @@ def test_kill_between_files_and_manifest_is_unfinished(tmp_path: Path) -> None:
         Artifact.load(tmp_path / "a")
     artifact = build(tmp_path / "a", Spec("s", {}), lambda folder: {"kept": (folder / "one.txt").read_text()})
     assert artifact.summary == {"kept": "1"}
+
+
+def test_kill_while_another_spec_is_cleared_mixes_nothing(tmp_path: Path) -> None:
+    """Without it a stage would go on from what an earlier configuration left, and publish that as its own."""
+    script = textwrap.dedent(
+        """
+        import os, sys
+        from pathlib import Path
+        from sabotage import killed_at
+        from retrieval_kd.artifacts import Spec, atomic_write, build
+
+        os.fsync = lambda _: None
+        root = Path(sys.argv[1])
+
+        def make(folder, depth):
+            def work(target):
+                for name in ("a.txt", "b.txt", "c.txt"):
+                    if not (target / name).exists():
+                        with atomic_write(target / name) as file:
+                            file.write(str(depth))
+                return {}
+            return build(folder, Spec("s", {"depth": depth}), work)
+
+        kills, killed = 0, True
+        while killed:
+            folder = root / str(kills)
+            make(folder, 1)
+            killed = killed_at(kills + 1, lambda: make(folder, 2))
+            assert {(folder / entry.path).read_text() for entry in make(folder, 2).files} == {"2"}, kills
+            kills += 1
+        assert kills > 10, kills
+        """
+    )
+    path = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_atomic_write_leaves_the_old_file_on_failure(tmp_path: Path) -> None:
@@ -175,6 +214,24 @@ def test_a_folder_with_another_tools_manifest_is_left_alone(tmp_path: Path) -> N
         build(tmp_path, Spec("s", {}), _write)
     assert (tmp_path / "index.html").read_text() == "years of work"
     assert json.loads((tmp_path / "manifest.json").read_text())["name"] == "app"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_of_another_stage_is_left_alone(tmp_path: Path, finished: bool) -> None:
+    """Without it a path given for the wrong option would delete an exported model to put vectors in its place."""
+    folder, exported = tmp_path / "a", Spec("export", {"opset": 17})
+
+    def fail(target: Path) -> Mapping[str, Any]:
+        _write(target)
+        raise OSError("disk full")
+
+    with contextlib.nullcontext() if finished else pytest.raises(OSError, match="disk full"):
+        build(folder, exported, _write if finished else fail)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ArtifactError, match=r"a: holds what stage 'export' made, which stage 'encode' would delete"):
+        build(folder, Spec("encode", {}), _refuse)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert build(folder, exported, _write).summary == {"lines": 1}
 
 
 def test_two_builders_of_one_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import index.build
 import index.kinds
 from index.build import build_index
 from retrieval_kd import pages
-from retrieval_kd.artifacts import fingerprint
+from retrieval_kd.artifacts import Spec, build, fingerprint
 from retrieval_kd.encoders.card import EncoderCard
-from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.encoders.corpus import EncodedCorpus, write_ids, write_vectors
 from retrieval_kd.pages import forget_pages
 from retrieval_kd.recipes.schema import IndexSpec
 
@@ -70,6 +71,25 @@ def test_numbers_changed_in_memory_alone_are_kept(mapped: Any, monkeypatch: pyte
     expected = np.array(changed)
     forget_pages(changed)
     np.testing.assert_array_equal(changed, expected)
+
+
+def test_an_opened_corpus_was_hashed_without_staying_in_memory(tmp_path: Path, mapped: Any) -> None:
+    """Without it opening a corpus larger than memory would read all of it into memory to compare its hash."""
+
+    def work(folder: Path) -> dict[str, int]:
+        write_vectors(folder / "vectors.npy", [mapped], mapped.shape)
+        write_ids(folder / "ids.txt", (f"{row:06d}" for row in range(ROWS)))
+        EncoderCard("e", "bert", 1, 1, "mean", False, (DIMENSION,), 32, "", "", "dot", "t", "w").save(folder)
+        return {}
+
+    build(tmp_path / "encoded", Spec("encode", {}, {"texts": "t"}), work)
+    tracemalloc.start()
+    corpus = EncodedCorpus.load(tmp_path / "encoded")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert corpus.vectors.shape == mapped.shape
+    assert resident("encoded/vectors.npy") < mapped.nbytes * 0.1
+    assert peak < mapped.nbytes
 
 
 @pytest.mark.parametrize("kind", ["exact", "fastscan", "ivf-pq", "hnsw-sq8"])

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from index.search import Searcher
 from retrieval_kd.artifacts import MANIFEST, PLAN, write_json
 from retrieval_kd.changes import changes
+from retrieval_kd.cli import pipeline
 from retrieval_kd.cli.main import app
 from retrieval_kd.cli.pipeline import _models, _require_same_recipe, _store, _version
 from retrieval_kd.collections import open_collection
@@ -248,6 +249,49 @@ def test_a_folder_of_a_key_that_recipes_lost_is_told_by_that_key(tmp_path: Path)
     write_json(tmp_path / MANIFEST, {"config": {**resolved(recipe), "gone": 1}})
     with pytest.raises(ArtifactError, match=r"another recipe \(gone: 1 -> absent\);"):
         _require_same_recipe(tmp_path, recipe)
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Workspace, Path, list[Path]]:
+    """Return a workspace, the one artifact that its runs link to, and the folders that were evaluated."""
+    artifact, folders = tmp_path / "artifacts" / "student-1", list[Path]()
+
+    def evaluate(_: Workspace, folder: Path, __: str) -> None:
+        artifact.mkdir(parents=True, exist_ok=True)
+        (folder / "plots").mkdir()
+        write_json(folder / "report.json", {"number": len(folders)})
+        folders.append(folder)
+
+    monkeypatch.setattr(pipeline, "_evaluate", evaluate)
+    monkeypatch.setattr(pipeline, "_links", lambda _: {"student": artifact})
+    return Workspace(load_recipe("leaf", overrides(tiny, "asymmetric")), artifact.parent), artifact, folders
+
+
+def test_a_run_whose_student_was_deleted_is_made_again(
+    tmp_path: Path, evaluated: tuple[Workspace, Path, list[Path]]
+) -> None:
+    """Without it a run's folder would be refused as a stranger's for ever once an artifact was deleted."""
+    workspace, artifact, folders = evaluated
+    out = tmp_path / "run"
+    assert pipeline.run_recipe(workspace, out, "") == pipeline.run_recipe(workspace, out, "") == {"number": 0}
+    artifact.rmdir()
+    assert pipeline.run_recipe(workspace, out, "") == {"number": 1}
+    assert (out / "student").resolve() == artifact.resolve()
+    assert folders == [out, out]
+
+
+def test_a_run_under_a_linked_folder_finds_its_student(
+    tmp_path: Path, evaluated: tuple[Workspace, Path, list[Path]]
+) -> None:
+    """Without it a run is refused after hours, when its results lie under a link to another disk."""
+    workspace, artifact, folders = evaluated
+    (tmp_path / "disk" / "of" / "results").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "of" / "results")
+    out = tmp_path / "link" / "run"
+    for _ in range(2):
+        pipeline.run_recipe(workspace, out, "")
+        assert (out / "student").resolve() == artifact.resolve()
+    assert len(folders) == 1
 
 
 def test_another_kind_of_index_has_a_store_of_its_own(tiny: Path) -> None:

@@ -16,6 +16,7 @@ from tiny import tiny_cross_encoder_folder, tiny_encoder_folder, tiny_overrides
 from typer.testing import CliRunner
 
 from retrieval_kd.cli.main import app
+from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.mining.bm25 import BM25Index
 from retrieval_kd.recipes.loader import load_recipe
@@ -230,6 +231,17 @@ def test_ranking_for_mining_goes_on_with_the_first_missing_shard(
     resumed = Workspace(recipe, tmp_path).last.candidates
     assert ranked == [13, 13, 13, 13, 8]
     assert resumed == Workspace(recipe, tmp_path / "whole").last.candidates
+
+
+def test_vectors_that_are_in_use_are_not_opened_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it every use of a student's vectors in a run would hash a whole corpus anew."""
+    workspace = Workspace(load_recipe("leaf", tiny_overrides(tiny, "symmetric")), tiny / "artifacts")
+    opened: list[Path] = []
+    load = EncodedCorpus.load
+    monkeypatch.setattr(EncodedCorpus, "load", lambda folder: opened.append(folder) or load(folder))
+    held = workspace.documents_for(workspace.undistilled)
+    assert workspace.documents_for(workspace.undistilled) is held
+    assert opened.count(opened[-1]) == 1
 
 
 def test_dev_searches_the_same_documents_whatever_mines(tiny: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from eval.systems import (
 from eval.tables import format_report
 from index.build import build_index
 from index.search import Searcher
-from retrieval_kd.artifacts import MANIFEST, Spec, atomic_write, build, config_of, file_sha256, fingerprint
+from retrieval_kd.artifacts import Artifact, Spec, atomic_write, build, config_of, file_sha256, fingerprint
 from retrieval_kd.changes import changes, shown
 from retrieval_kd.collections import open_collection
 from retrieval_kd.collections.base import split_queries
@@ -82,13 +82,15 @@ def run_recipe(workspace: Workspace, out: Path, command: str) -> dict[str, Any]:
         with atomic_write(folder / "recipe.yaml") as file:
             file.write(to_yaml(recipe))
         _evaluate(workspace, folder, command)
-        return {name: os.path.relpath(target, folder) for name, target in _links(workspace).items()}
+        # Both resolved: ".." of a link goes to the parent of what the link stands for.
+        here = folder.resolve()
+        return {name: os.path.relpath(target.resolve(), here) for name, target in _links(workspace).items()}
 
-    artifact = build(out, spec, work)
-    if not all((out / target).exists() for target in artifact.summary.values()):
-        # The report is whole but what it speaks of was deleted: without its manifest it is made again.
-        (out / MANIFEST).unlink()
-        artifact = build(out, spec, work)
+    def whole(finished: Artifact) -> bool:
+        # A report may outlast what it speaks of.
+        return all((out / target).exists() for target in finished.summary.values())
+
+    artifact = build(out, spec, work, whole)
     for name, target in artifact.summary.items():
         (out / name).unlink(missing_ok=True)
         (out / name).symlink_to(target, target_is_directory=True)

@@ -69,12 +69,15 @@ class EncodedCorpus:
 
     @classmethod
     def load(cls, folder: Path) -> EncodedCorpus:
-        """Open a finished folder; the vectors stay on disk until they are read.
+        """Open a finished folder, each file's hash checked; the vectors stay on disk until they are used.
 
         Raises:
-            ArtifactError: the folder is not a finished encoding, or its files disagree.
+            ArtifactError: the folder is not a finished encoding, a file's bytes differ from the manifest, or its files
+                disagree.
         """
         artifact = Artifact.load(folder, STAGE)
+        # A flipped bit would give a document another's id, or a vector that nobody made.
+        artifact.verify()
         ids, vectors, card = read_ids(folder / IDS), map_vectors(folder / VECTORS), EncoderCard.load(folder)
         if vectors.shape != (len(ids), card.dimension):
             raise ArtifactError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from retrieval_kd.artifacts import MANIFEST, PLAN, Artifact, Spec, asked_of, build, file_sha256, fingerprint
 from retrieval_kd.changes import changes, shown
@@ -77,6 +78,8 @@ class Workspace:
         self.root = root
         self._announce = announce
         self._teachers: dict[TeacherSpec, Teaching] = {}
+        # Opening one hashes all of it, and the ids of each take memory: what is in use is shared, the rest let go.
+        self._corpora: WeakValueDictionary[Path, EncodedCorpus] = WeakValueDictionary()
 
     @cached_property
     def collection(self) -> Collection:
@@ -128,7 +131,10 @@ class Workspace:
         inputs = {"encoder": card.fingerprint, "space": card.space, "corpus": self.collection.corpus_fingerprint}
         folder = self.folder(Spec("encode", {}, inputs), f"encode the corpus with {card.name}")
         encode_corpus(encoder, self.collection, folder)
-        return EncodedCorpus.load(folder)
+        corpus = self._corpora.get(folder)
+        if corpus is None:
+            corpus = self._corpora[folder] = EncodedCorpus.load(folder)
+        return corpus
 
     def documents_for(self, encoder: OnnxEncoder) -> EncodedCorpus:
         """Return the corpus in an encoder's space: its own vectors, or those of the encoder it was distilled into."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from corpus_helpers import FakeCollection, FakeEncoder, card, some_collection
 
-from retrieval_kd.artifacts import Artifact
+from retrieval_kd.artifacts import Artifact, Spec, build
 from retrieval_kd.collections.base import Document
 from retrieval_kd.encoders import corpus as corpus_module
 from retrieval_kd.encoders.corpus import (
@@ -212,13 +212,27 @@ def test_torn_ids_are_refused(tmp_path: Path) -> None:
 
 
 def test_rows_and_ids_of_different_number_are_refused(tmp_path: Path) -> None:
-    """Sizes in the manifest protect from tearing, not from files that never fitted."""
-    encode_corpus(FakeEncoder(), some_collection(), tmp_path / "out")
-    write_vectors(tmp_path / "out" / "vectors.npy", [np.zeros((11, 6), np.float32)], (11, 6))
-    ids = tmp_path / "out" / "ids.txt"
-    size = ids.stat().st_size
-    ids.write_text("x" * (size - 1) + "\n")
+    """The manifest protects from tearing and rot, not from files that never fitted."""
+
+    def work(folder: Path) -> dict[str, int]:
+        write_vectors(folder / "vectors.npy", [np.zeros((11, 6), np.float32)], (11, 6))
+        write_ids(folder / "ids.txt", ["x"])
+        card().save(folder)
+        return {}
+
+    build(tmp_path / "out", Spec("encode", {}, {"texts": "t"}), work)
     with pytest.raises(ArtifactError, match=r"shape \(11, 6\), but 1 ids"):
+        EncodedCorpus.load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "byte"), [("ids.txt", 1), ("vectors.npy", -1)])
+def test_a_flipped_byte_is_named(tmp_path: Path, name: str, byte: int) -> None:
+    """Without it an index would answer with ids that no document has, and an evaluation measure a broken corpus."""
+    encode_corpus(FakeEncoder(), some_collection(), tmp_path / "out")
+    content = bytearray((tmp_path / "out" / name).read_bytes())
+    content[byte] ^= 1
+    (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=f"{name}: bytes differ from the manifest's sha256; delete .*out and"):
         EncodedCorpus.load(tmp_path / "out")
 
 

@@ -10,6 +10,7 @@ import pytest
 from tiny import tiny_encoder
 from tiny_bodies import TEXTS
 
+from retrieval_kd.artifacts import Spec, build
 from retrieval_kd.encoders.pair import open_pair, save_pair
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.errors import ArtifactError, EncoderMismatch
@@ -62,10 +63,38 @@ def test_pairs_of_two_spaces_and_torn_ones_are_refused(tmp_path: Path, monkeypat
     with pytest.raises(EncoderMismatch, match="query side only"):
         save_pair(query, query, tmp_path / "other")
     save_pair(query, document, tmp_path)
-    monkeypatch.setattr(TorchEncoder, "save", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        save_pair(query, document, tmp_path)
-    assert not (tmp_path / "modules.json").exists()
     (tmp_path / "document" / "card.json").unlink()
     with pytest.raises(ArtifactError, match=r"document.card.json: no such file"):
         open_pair(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEncoder, "save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save_pair(query, document, tmp_path)
+    assert not (tmp_path / "modules.json").exists()
+    save_pair(query, document, tmp_path)
+    assert open_pair(tmp_path)[1].card == document.card
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    """Without it a collection or an exported encoder would get a model's files among its own."""
+    query, document = pair("static")
+    (tmp_path / "beir").mkdir()
+    (tmp_path / "beir" / "corpus.jsonl").write_text("{}")
+
+    def work(folder: Path) -> dict[str, int]:
+        (folder / "model.onnx").write_text("graph")
+        return {}
+
+    build(tmp_path / "export", Spec("export", {}), work)
+    for name, message in (("beir", "not written by retrieval-kd"), ("export", "holds what stage 'export' made")):
+        before = {path.name for path in (tmp_path / name).iterdir()} | {".lock"}
+        with pytest.raises(ArtifactError, match=f"{name}: .*{message}"):
+            save_pair(query, document, tmp_path / name)
+        assert {path.name for path in (tmp_path / name).iterdir()} == before
+
+
+def test_a_pair_takes_the_place_of_another(tmp_path: Path) -> None:
+    """Without it a student that was trained anew could not be written where its first version is."""
+    for query, document in (pair("static"), pair("static", prefix="w7 "), pair("static", prefix="w7 ")):
+        save_pair(query, document, tmp_path)
+        assert open_pair(tmp_path)[0].card == query.card

@@ -18,7 +18,7 @@ from eval.suite import Set, Setup, expand, run_suite, summarise
 from retrieval_kd.collections.open import open_collection
 from retrieval_kd.encoders.matryoshka import TruncatedEncoder
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
-from retrieval_kd.errors import DataError, EncoderMismatch, QualityError
+from retrieval_kd.errors import ArtifactError, DataError, EncoderMismatch, QualityError
 from retrieval_kd.recipes.schema import CollectionSpec
 from retrieval_kd.runs import read_trec
 
@@ -112,6 +112,24 @@ def test_a_cut_vector_is_the_first_numbers_at_unit_length(tiny: Path, tmp_path: 
     np.testing.assert_allclose(np.linalg.norm(small.encode(WORDS[:3], "query"), axis=1), 1, rtol=1e-6)
     with pytest.raises(EncoderMismatch, match="encoder 'tiny' gives 16 numbers, which cannot be cut to 17"):
         TruncatedEncoder(encoder, 17)
+
+
+@pytest.mark.parametrize("stage", ["encode", "join-vectors", "truncate"])
+def test_kept_vectors_that_changed_are_named(tiny: Path, second: Path, tmp_path: Path, stage: str) -> None:
+    """Without it a disk's flipped bit in the cache would be a system's measured quality."""
+    encoder = TorchEncoder.open(tiny / "tiny-encoder")
+    joined = open_collection(CollectionSpec(str(tiny / "tiny-collection"), (str(second),)))
+
+    def made() -> None:
+        truncated_corpus(encoded(encoder, joined, tmp_path), 8, tmp_path)
+
+    made()
+    vectors = next(tmp_path.glob(f"{stage}-*")) / "vectors.npy"
+    content = bytearray(vectors.read_bytes())
+    content[-1] ^= 1
+    vectors.write_bytes(content)
+    with pytest.raises(ArtifactError, match=f"{stage}-.*vectors.npy: bytes differ"):
+        made()
 
 
 def test_spaces_are_not_mixed_unless_declared(tiny: Path, tmp_path: Path) -> None:
