@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 _MEASURERS = ("ir-measures", "pytrec-eval-terrier", "scipy")
+_ONE_QUERY = "One query is judged: nothing is tested, and an interval of no width does not say how sure a figure is."
 # What makes two entries of reports' lists the same one; a note is itself.
 _SAME: Mapping[str, tuple[str, ...]] = {
     "systems": ("name",),
@@ -81,6 +82,8 @@ def write_report(
     measures = list(systems[0].measures)
     slugs = _slugs([system.name for system in systems])
     evaluations = {system.name: system.evaluation for system in systems}
+    # One query has no paired test, but its figures are still what was measured.
+    alone = systems[0].queries < 2
     report: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "collection": collection,
@@ -90,9 +93,12 @@ def write_report(
         "systems": [system.to_json() for system in systems],
         "baseline": baseline,
         "comparisons": [
-            asdict(row) for measure in measures if baseline for row in compare(evaluations, baseline, measure, seed)
+            asdict(row)
+            for measure in measures
+            if baseline and not alone
+            for row in compare(evaluations, baseline, measure, seed)
         ],
-        "notes": list(notes),
+        "notes": [*notes, *([_ONE_QUERY] if alone else [])],
         "reference": [dict(row) for row in reference],
         "agreements": [dict(entry) for entry in agreements],
         "per_query": {system.name: _rounded(system, measures[0]) for system in systems} if baseline else {},

@@ -256,3 +256,21 @@ def test_measures_with_a_dot_reach_the_pages(tiny: Path, second: Path, tmp_path:
         html = (tmp_path / page).read_text()
         assert "IPrec@0.5" in html
         assert 'class="best"' in html
+
+
+def test_one_judged_query_is_reported_without_tests(tiny: Path, second: Path, tmp_path: Path) -> None:
+    """All systems would be measured and then nothing written, because one query cannot be tested."""
+    one = tmp_path / "one"
+    shutil.copytree(second, one)
+    qrels = one / "qrels/test.tsv"
+    header, first, *_ = qrels.read_text().splitlines()
+    qrels.write_text(f"{header}\n{first}\n")
+    (report,) = _run(tiny, tmp_path / "out", [one], "bm25", "b=bm25")
+    assert report["comparisons"] == []
+    assert "nothing is tested" in report["notes"][0]
+    assert "nothing is tested" in (tmp_path / "out/report.html").read_text()
+    gate = Setup(timed=0, teacher="b", max_loss=0.5)
+    with pytest.raises(DataError, match="one: split 'test' judges one query, --max-loss needs at least two"):
+        _run(tiny, tmp_path / "gate", [one], "bm25", "b=bm25", setup=gate)
+    assert not (tmp_path / "gate").exists()
+    assert _run(tiny, tmp_path / "more", [second], "bm25", "b=bm25")[0]["notes"] == []
