@@ -152,7 +152,8 @@ def run_suite(
     _require_roles(ordered, setup)
     sets = [part for path in collections for part in expand(path)]
     folders = _folders([part.path for part in sets])
-    _require_told_apart(sets, [joined(part.path, setup.distractors).name for part in sets], folders)
+    if len(sets) > 1:
+        _require_told_apart(sets, [joined(part.path, setup.distractors).name for part in sets], folders)
     reports: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         opener = Opener(cache, stack)
