@@ -21,9 +21,10 @@ from ir_measures.measures.base import MeanAgg
 
 from retrieval_kd.collections.base import Qrels
 from retrieval_kd.errors import DataError
-from retrieval_kd.runs import Ranking, Run
+from retrieval_kd.runs import Ranking, Run, rank
 
 Values = npt.NDArray[np.float64]
+_ONE = rank(["d"], [1.0])
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def evaluate(run: Run, qrels: Qrels, measures: Sequence[str]) -> Evaluation:
 
     Raises:
         DataError: no judgements, an unknown measure (the message suggests the nearest), or a run
-            with a query that the judgements do not know (see :func:`restrict`).
+            with a query that the judgements do not know (see :func:`restrict`), or a measure whose provider fails.
     """
     if not qrels:
         raise DataError(
@@ -71,10 +72,14 @@ def evaluate(run: Run, qrels: Qrels, measures: Sequence[str]) -> Evaluation:
             )
     parsed = {name: parse_measure(name) for name in measures}
     query_ids = tuple(qrels)
-    row_of = {query_id: row for row, query_id in enumerate(query_ids)}
     computed = {str(measure): np.zeros(len(query_ids)) for measure in parsed.values()}
-    for metric in _iter_calc(list(parsed.values()), qrels, run):
-        computed[str(metric.measure)][row_of[metric.query_id]] = metric.value
+    try:
+        for metric in _iter_calc(list(parsed.values()), qrels, run):
+            computed[str(metric.measure)][int(metric.query_id)] = metric.value
+    except Exception:
+        # A provider fails with whatever its own code does.
+        _name_the_failing(parsed, qrels, run)
+        raise
     values = {name: computed[str(measure)] for name, measure in parsed.items()}
     missing = tuple(query_id for query_id in query_ids if len(run.get(query_id, ())) == 0)
     return Evaluation(query_ids, values, missing)
@@ -115,13 +120,15 @@ def deepest(measures: Iterable[str]) -> int:
 
 
 def require_measurable(measures: Iterable[str], depth: int) -> None:
-    """Refuse measures that cannot be computed, or that would be those of a smaller cut-off under a wrong name.
+    """Refuse measures that no perfect ranking has, and those of a smaller cut-off under a wrong name.
 
     Raises:
-        DataError: see :func:`parse_measure`; or a measure looks deeper than the ``depth`` documents retrieved.
+        DataError: see :func:`evaluate`; or a measure looks deeper than the ``depth`` documents retrieved.
     """
     for name in measures:
         cutoff = deepest([name])
+        # One perfect ranking shows a provider that fails, before hours of reranking do.
+        evaluate({"q": _ONE}, {"q": dict.fromkeys(_ONE.doc_ids, 1)}, [name])
         if cutoff > depth:
             raise DataError(
                 f"measure {name!r} needs {cutoff} documents a query, {depth} are retrieved; "
@@ -141,10 +148,24 @@ def _suggestion(name: str) -> str:
 
 
 def _iter_calc(measures: Sequence[ir_measures.Measure], qrels: Qrels, run: Run) -> Iterator[ir_measures.Metric]:
+    """Yield what the library computes; a query's id is its place among the judgements'."""
+    # Places, because gdeval takes numbers only, and reads "a-1" and "b-1" as one query.
+    place_of = {query_id: str(place) for place, query_id in enumerate(qrels)}
     # An empty ranking is left out: Judged@k would divide by its length, every measure counts it as zero anyway.
     by_rank = {
-        query_id: {doc_id: -float(position) for position, doc_id in enumerate(ranking.doc_ids)}
+        place_of[query_id]: {doc_id: -float(position) for position, doc_id in enumerate(ranking.doc_ids)}
         for query_id, ranking in run.items()
         if len(ranking)
     }
-    yield from ir_measures.iter_calc(measures, {query_id: dict(judged) for query_id, judged in qrels.items()}, by_rank)
+    judged = {place_of[query_id]: dict(grades) for query_id, grades in qrels.items()}
+    yield from ir_measures.iter_calc(measures, judged, by_rank)
+
+
+def _name_the_failing(parsed: Mapping[str, ir_measures.Measure], qrels: Qrels, run: Run) -> None:
+    """Raise a :class:`DataError` that names the first of some measures that cannot be computed alone."""
+    for name, measure in parsed.items():
+        try:
+            list(_iter_calc([measure], qrels, run))
+        except Exception as error:  # noqa: BLE001  as above
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise DataError(f"measure {name!r}: what computes it fails ({reason}); name another measure") from None

@@ -99,7 +99,7 @@ class Opener:
             case "pair":
                 system = self._pair(spec, collection)
             case "index":
-                system = self._index(spec, collection)
+                system = self._index(spec, collection, documents)
             case "server":
                 system = self._server(spec, collection)
             case "run":
@@ -157,7 +157,7 @@ class Opener:
             self._encoders[key] = _open_encoder(model, spec, options)
         return self._encoders[key]
 
-    def _index(self, spec: SystemSpec, collection: Collection) -> System:
+    def _index(self, spec: SystemSpec, collection: Collection, documents: Collection) -> System:
         from index.search import Searcher
         from index.served import served_folder
         from retrieval_kd.encoders.onnx import OnnxEncoder
@@ -167,7 +167,11 @@ class Opener:
         encoder, searcher = OnnxEncoder.load(folder, threads=len(os.sched_getaffinity(0))), Searcher.open(store)
         self.identities[str(spec)] = f"index version {searcher.version}, encoder {encoder.card.fingerprint[:12]}"
         role = "student" if encoder.card.role == "query" else "bi-encoder"
-        return IndexSystem(f"{encoder.card.name} over {spec.target}", role, encoder, searcher, collection)
+        system = IndexSystem(f"{encoder.card.name} over {spec.target}", role, encoder, searcher, collection)
+        # An index knows the documents it was built from; of passages they have no fingerprint here.
+        if collection is documents:
+            _require_built_from(spec, store, searcher.version, documents)
+        return system
 
     def _server(self, spec: SystemSpec, collection: Collection) -> System:
         from serve.client import RetrievalClient
@@ -268,6 +272,27 @@ def _open_encoder(model: str, spec: SystemSpec | None, options: Mapping[str, str
             )
         )
     return encoder.to("cuda") if torch.cuda.is_available() else encoder
+
+
+def _require_built_from(spec: SystemSpec, store: Path, version: str, collection: Collection) -> None:
+    """Refuse an index of other texts under the same ids, which would be measured as a bad system.
+
+    After updates an index holds other documents than it was built from, perhaps those of the collection now: of such
+    a one only number and ids are checked.
+    """
+    from index.manifest import IndexManifest
+    from index.store import VERSIONS
+    from index.updates import FOLDED, UpdateLog
+
+    folder = store if store.parent.name == VERSIONS else store / VERSIONS / version
+    if (folder / FOLDED).exists() or UpdateLog.of(folder.parent.parent, version).read().updates:
+        return
+    built_from = IndexManifest.load(folder).content.corpus_fingerprint
+    if built_from and built_from != collection.corpus_fingerprint:
+        raise DataError(
+            f"--system {spec}: index version {version} was built from other documents than {collection.name} has "
+            f"(fingerprints {built_from[:12]} and {collection.corpus_fingerprint[:12]}); build it again from these"
+        )
 
 
 def _refuse_options(spec: SystemSpec | None, options: Mapping[str, str], why: str) -> None:

@@ -58,6 +58,7 @@ def render_page(report: Report) -> str:
     drawn = list(report_plots(report))
     return template.render(
         report=report,
+        best=_best(report["systems"], report["measures"]),
         caption=caption(report),
         headlines=_headlines(report),
         comparisons=_comparisons_by_measure(report),
@@ -78,7 +79,10 @@ def render_summary(summary: Report, folders: Mapping[str, str]) -> str:
     """
     template = _environment().get_template("summary.html.j2")
     rules = Markup(plots.RULES)  # noqa: S704 - our own style sheet
-    return template.render(summary=summary, caption=summary_caption(summary), folders=folders, plot_rules=rules)
+    best = _best([row["mean"] for row in summary["systems"]], summary["measures"])
+    return template.render(
+        summary=summary, best=best, caption=summary_caption(summary), folders=folders, plot_rules=rules
+    )
 
 
 def report_plots(report: Report) -> Iterator[Plot]:
@@ -119,6 +123,11 @@ def _environment() -> jinja2.Environment:
         whole=formats.whole,
     )
     return environment
+
+
+def _best(rows: Sequence[Report], measures: Sequence[str]) -> dict[str, float]:
+    """Return the highest value of each measure; a template's ``attribute=`` would split ``IPrec@0.5`` at its dot."""
+    return {measure: max(row[measure] for row in rows) for measure in measures}
 
 
 def _headlines(report: Report) -> list[str]:

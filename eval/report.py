@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from eval.curves import read_curves
@@ -25,7 +26,10 @@ from retrieval_kd.runs import write_trec
 FORMAT_VERSION = 1
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
+_RUNS, _PER_QUERY, _PLOTS = "runs", "per_query", "plots"
+_PLOT = re.compile(r"(quality-(latency|memory)|queries-\d+|training-(loss|dev|agreement-\w+))\.(svg|png)")
 _MEASURERS = ("ir-measures", "pytrec-eval-terrier", "scipy")
+_ONE_QUERY = "One query is judged: nothing is tested, and an interval of no width does not say how sure a figure is."
 # What makes two entries of reports' lists the same one; a note is itself.
 _SAME: Mapping[str, tuple[str, ...]] = {
     "systems": ("name",),
@@ -33,6 +37,27 @@ _SAME: Mapping[str, tuple[str, ...]] = {
     "agreements": ("student", "teacher"),
     "reference": ("system", "measure", "source"),
     "notes": (),
+}
+# What every report has, whichever version of ours wrote it; what came later is asked for with a default.
+_KEYS: Mapping[str, type | UnionType] = {
+    "collection": str,
+    "split": str,
+    "documents": int | None,
+    "measures": list,
+    "systems": list,
+    "baseline": str | None,
+    "comparisons": list,
+    "notes": list,
+    "training": dict,
+    "provenance": dict,
+}
+_SYSTEM_KEYS: Mapping[str, type | UnionType] = {
+    "name": str,
+    "role": str,
+    "queries": int,
+    "intervals": dict,
+    "params": int | None,
+    **dict.fromkeys(("encode_ms_p50", "query_ms_p50", "query_ms_p95", "bytes_per_doc"), int | float | None),
 }
 
 
@@ -53,7 +78,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write ``report.json``, ``report.html``, ``plots``, ``runs/<system>.trec`` and ``per_query/<system>.tsv``.
 
-    ``report.json`` comes last, so that a folder with it has everything it speaks of.
+    ``report.json`` comes last, so that a folder with it has everything it speaks of. What an earlier report wrote
+    there and this one does not is removed after it, and nothing else.
 
     Args:
         folder: Where the report goes.
@@ -81,6 +107,8 @@ def write_report(
     measures = list(systems[0].measures)
     slugs = _slugs([system.name for system in systems])
     evaluations = {system.name: system.evaluation for system in systems}
+    # One query has no paired test, but its figures are still what was measured.
+    alone = systems[0].queries < 2
     report: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "collection": collection,
@@ -90,25 +118,48 @@ def write_report(
         "systems": [system.to_json() for system in systems],
         "baseline": baseline,
         "comparisons": [
-            asdict(row) for measure in measures if baseline for row in compare(evaluations, baseline, measure, seed)
+            asdict(row)
+            for measure in measures
+            if baseline and not alone
+            for row in compare(evaluations, baseline, measure, seed)
         ],
-        "notes": list(notes),
+        "notes": [*notes, *([_ONE_QUERY] if alone else [])],
         "reference": [dict(row) for row in reference],
         "agreements": [dict(entry) for entry in agreements],
         "per_query": {system.name: _rounded(system, measures[0]) for system in systems} if baseline else {},
         "training": {name: read_curves(path) for name, path in (training or {}).items()},
         "provenance": {**(provenance or {}), "versions": versions(), "hardware": hardware()},
     }
+    earlier = _files_of_earlier(folder)
+    written: set[Path] = set()
     for system in systems:
         slug = slugs[system.name]
         if system.run is not None:
-            write_trec(folder / "runs" / f"{slug}.trec", system.run, slug)
-        write_per_query(folder / "per_query" / f"{slug}.tsv", system.evaluation)
+            written.add(folder / _RUNS / f"{slug}.trec")
+            write_trec(folder / _RUNS / f"{slug}.trec", system.run, slug)
+        written.add(folder / _PER_QUERY / f"{slug}.tsv")
+        write_per_query(folder / _PER_QUERY / f"{slug}.tsv", system.evaluation)
     with atomic_write(folder / REPORT_HTML) as file:
         file.write(render_page(report))
-    write_pictures(report, folder / "plots")
+    written.update(write_pictures(report, folder / _PLOTS))
     write_json(folder / REPORT_JSON, report)
+    # Last, so that a report is whole until the next one is; left there, compare would take them for systems of this.
+    for path in earlier - written:
+        path.unlink(missing_ok=True)
     return report
+
+
+def _files_of_earlier(folder: Path) -> set[Path]:
+    """Return the files of the report that lies in a folder, as its own ``report.json`` names them; none without it."""
+    try:
+        report = _read_report(folder)
+    except DataError:
+        return set()
+    slugs = _slugs([system["name"] for system in report["systems"]]).values()
+    tables = {
+        folder / kind / f"{slug}{end}" for slug in slugs for kind, end in ((_RUNS, ".trec"), (_PER_QUERY, ".tsv"))
+    }
+    return tables | {path for path in (folder / _PLOTS).glob("*") if _PLOT.fullmatch(path.name)}
 
 
 def versions() -> dict[str, str]:
@@ -205,11 +256,49 @@ def _with_names(report: Mapping[str, Any], names: Mapping[str, str]) -> dict[str
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
+    path = folder / REPORT_JSON
     try:
-        report: dict[str, Any] = json.loads((folder / REPORT_JSON).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{folder / REPORT_JSON}: cannot read the report ({error}); give a run's folder") from None
-    return report
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot read the report ({error}); give a run's folder") from None
+    flaw = _flaw(report)
+    if flaw:
+        raise DataError(f"{path}: not a report this version can read: {flaw}; evaluate again, or give a run's folder")
+    return dict(report)
+
+
+def _flaw(report: object) -> str:
+    """Return the first thing that keeps a file's content from being a report; empty when nothing does."""
+    if not isinstance(report, dict):
+        return "it holds no object"
+    version = report.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        return f"format_version is {version!r}, known is {FORMAT_VERSION}"
+    if flaw := _wrong_key(report, _KEYS):
+        return flaw
+    measures, systems = report["measures"], report["systems"]
+    if not systems or not measures or not all(isinstance(measure, str) for measure in measures):
+        return "it has no systems or no measures"
+    for number, row in enumerate(systems, start=1):
+        kinds = {**_SYSTEM_KEYS, **dict.fromkeys(measures, int | float)}
+        if flaw := _wrong_key(row, kinds) or _wrong_key(row["intervals"], dict.fromkeys(measures, list)):
+            return f"in system {number} {flaw}"
+    for key, fields in _SAME.items():
+        for number, entry in enumerate(report.get(key, ()), start=1):
+            if flaw := _wrong_key(entry, dict.fromkeys(fields, str)) if fields else "":
+                return f"in {key} {number} {flaw}"
+    return ""
+
+
+def _wrong_key(entry: object, kinds: Mapping[str, type | UnionType]) -> str:
+    if not isinstance(entry, dict):
+        return "there is no object"
+    for key, kind in kinds.items():
+        if key not in entry:
+            return f"there is no {key!r}"
+        if not isinstance(entry[key], kind):
+            return f"{key!r} is {entry[key]!r:.40}"
+    return ""
 
 
 def hardware() -> dict[str, Any]:

@@ -39,6 +39,10 @@ class Expected:
 
     def __post_init__(self) -> None:
         """Refuse a figure that everything or nothing would match."""
+        for key in ("system", "measure", "set"):
+            name = getattr(self, key)
+            if not isinstance(name, str):
+                raise DataError(f"{key} {name!r} is not a text; put a name that looks otherwise between quotes")
         for key in ("value", "tolerance"):
             number = getattr(self, key)
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
@@ -88,7 +92,7 @@ def read_tables(path: Path, values: Mapping[str, str]) -> list[Table]:
     """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: cannot read it ({reason}); give a YAML list of tables") from None
     if not isinstance(raw, list) or not raw:
@@ -105,6 +109,10 @@ def read_tables(path: Path, values: Mapping[str, str]) -> list[Table]:
         if "{" in command:
             missing = command[command.index("{") + 1 :].split("}")[0]
             raise DataError(f"{where}: no value for {{{missing}}}; give it with --set {missing}=VALUE")
+        try:
+            shlex.split(command)
+        except ValueError as error:
+            raise DataError(f"{where}: command {command!r}: {str(error).lower()}; mend its quotes") from None
         if not isinstance(given["expect"], list) or not given["expect"]:
             raise DataError(f"{where}: expect is not a list of figures; give at least one")
         try:
@@ -145,6 +153,8 @@ def figure(report: Mapping[str, Any], expected: Expected) -> float:
         if expected.set not in values:
             raise DataError(f"no set {expected.set!r}{did_you_mean(expected.set, values)}")
         row = values[expected.set]
+    elif expected.set:
+        raise DataError(f"no set {expected.set!r}: the command measures one collection; leave set out")
     if expected.measure not in report["measures"]:
         raise DataError(f"no measure {expected.measure!r}{did_you_mean(expected.measure, report['measures'])}")
     return float(row[expected.measure])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -148,11 +149,14 @@ def run_suite(
             "no system to measure; name --system (see --help), --bm25, --index, --rerank, --server or --run"
         )
     ordered = in_order(specs)
+    _require_roles(ordered, setup)
     sets = [part for path in collections for part in expand(path)]
+    folders = _folders([part.path for part in sets])
+    if len(sets) > 1:
+        _require_told_apart(sets, [joined(part.path, setup.distractors).name for part in sets], folders)
     reports: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         opener = Opener(cache, stack)
-        folders = _folders([part.path for part in sets])
         for part, folder in zip(sets, folders, strict=True):
             collection = joined(part.path, setup.distractors)
             where = out if len(sets) == 1 else out / folder
@@ -227,10 +231,11 @@ def _measure(
     queries, qrels = split_queries(collection, setup.split), collection.qrels(setup.split)
     shape = Shape.of(collection, setup.remove_self, setup.maxp)
     searched: Collection = Passages(collection) if setup.maxp else collection
-    for role, reference in (("baseline", setup.baseline), ("teacher", setup.teacher)):
-        if reference and reference not in {spec.reference for spec in specs}:
-            known = [spec.reference for spec in specs]
-            raise DataError(f"{role} {reference!r} is not among the systems{did_you_mean(reference, known)}")
+    if setup.max_loss is not None and len(qrels) < 2:
+        raise DataError(
+            f"{collection.name}: split {setup.split!r} judges one query, --max-loss needs at least two; "
+            "give a larger split, or leave it out"
+        )
     components: dict[str, Component] = {}
     systems: dict[str, System] = {}
     results: list[SystemResult] = []
@@ -272,6 +277,36 @@ def _measure(
         for comparison in compare(evaluations, names[setup.teacher], setup.measures[0], setup.seed):
             require_retrieval(comparison, setup.max_loss)
     return written
+
+
+def _require_roles(specs: Sequence[SystemSpec], setup: Setup) -> None:
+    """Refuse a baseline or teacher that is no system, and a gate that nothing would have to pass."""
+    known = [spec.reference for spec in specs]
+    for role, reference in (("baseline", setup.baseline), ("teacher", setup.teacher)):
+        if reference and reference not in known:
+            raise DataError(f"{role} {reference!r} is not among the systems{did_you_mean(reference, known)}")
+    if setup.max_loss is None:
+        return
+    if not setup.teacher:
+        raise DataError(f"--max-loss {setup.max_loss:g}: a loss is against a teacher; name it with --teacher")
+    if len(known) < 2:
+        raise DataError(
+            f"--max-loss {setup.max_loss:g}: teacher {setup.teacher!r} is the only system; name those it teaches too"
+        )
+
+
+def _require_told_apart(sets: Sequence[Set], names: Sequence[str], folders: Sequence[str]) -> None:
+    """Refuse collections that would be averaged as one, have one name in the summary, or be written over each other."""
+    for (one, name, folder), (other, other_name, other_folder) in itertools.combinations(
+        zip(sets, names, folders, strict=True), 2
+    ):
+        together = one.group and other.group and Path(one.path).parent == Path(other.path).parent
+        as_one = not together and (one.group or name) == (other.group or other_name)
+        if as_one or name == other_name or folder == other_folder:
+            raise DataError(
+                f"{one.path} and {other.path}: a summary could not tell them apart; give each once and rename a "
+                "folder, or measure one at a time"
+            )
 
 
 def _agreements(

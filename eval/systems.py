@@ -320,10 +320,12 @@ class RunSystem:
         """Read a run, TREC's or MS MARCO's, and check that it speaks of this collection and split.
 
         Raises:
-            DataError: the file is malformed, answers a query that the split does not judge, or ranks a
+            DataError: the file is empty or malformed, answers a query that the split does not judge, or ranks a
                 document that the collection does not have; names file and line.
         """
         run = read_run(path)
+        if not run:
+            raise DataError(f"{path}: no rankings in it; make the run again, one line for each document found")
         for query_id in run:
             if query_id not in qrels:
                 raise DataError(

@@ -9,15 +9,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import tiny_collection_folder, tiny_encoder
 
+from eval.specs import SystemSpec
+from eval.suite import Setup, run_suite
 from eval.systems import IndexSystem, assess
 from index.build import build_index
 from index.search import Searcher
+from retrieval_kd.collections import open_collection
 from retrieval_kd.encoders.card import EncoderCard, Side
-from retrieval_kd.encoders.corpus import EncodedCorpus, encode_texts
-from retrieval_kd.errors import EncoderMismatch
-from retrieval_kd.recipes.schema import IndexSpec
+from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
+from retrieval_kd.encoders.onnx import OnnxEncoder
+from retrieval_kd.errors import DataError, EncoderMismatch
+from retrieval_kd.export.onnx_export import export_encoder
+from retrieval_kd.export.parity import Probes
+from retrieval_kd.recipes.schema import CollectionSpec, ExportSpec, IndexSpec
 
+QUICK = Setup(timed=0)
 CARD = EncoderCard("words", "bag", 1, 1234, "mean", True, (16,), 64, "", "", "cosine", "t" * 64, "w" * 64)
 
 
@@ -68,3 +76,41 @@ def test_an_encoder_of_another_space_is_refused(tmp_path: Path, corpus: EncodedC
     stranger = Words(replace(CARD, weights_hash="x" * 64))
     with pytest.raises(EncoderMismatch, match="cannot search documents"):
         IndexSystem("stranger", "student", stranger, searcher)
+
+
+def test_an_index_of_other_texts_is_refused_unless_updates_explain_them(tmp_path: Path) -> None:
+    """With the same ids and as many documents, an index of an older corpus was measured as a bad system."""
+    collection, other = (tiny_collection_folder(tmp_path / name, seed=seed) for name, seed in (("now", 0), ("old", 1)))
+    probes = Probes({"0": "w0"}, {"d": "w0 w1"}, {"0": {"d": 1}})
+    export_encoder(tiny_encoder(), tmp_path / "encoder", ExportSpec(), probes)
+    encoder = OnnxEncoder.load(tmp_path / "encoder")
+
+    def indexed(name: str, *paths: Path) -> Path:
+        base, *distractors = map(str, paths)
+        documents = open_collection(CollectionSpec(base, tuple(distractors)))
+        encode_corpus(encoder, documents, tmp_path / f"{name}-vectors")
+        corpus = EncodedCorpus.load(tmp_path / f"{name}-vectors")
+        return build_index(corpus, IndexSpec(), tmp_path / name, collection=documents, fields=["text"])
+
+    def measured(store: Path, setup: Setup = QUICK) -> float:
+        specs = [SystemSpec.parse(f"index:{store},encoder={tmp_path / 'encoder'}")]
+        (report,) = run_suite([str(collection)], specs, setup, tmp_path / "cache", tmp_path / "out", "rkd eval beir")
+        return float(report["systems"][0]["nDCG@10"])
+
+    version, old = indexed("right", collection), indexed("wrong", other)
+    good = measured(tmp_path / "right")
+    assert measured(version) == good
+    assert measured(indexed("more", collection, other).parent.parent, Setup(timed=0, distractors=(str(other),))) > 0
+    for store in (tmp_path / "wrong", old):
+        with pytest.raises(DataError, match=r"was built from other documents than now has .*; build it again") as error:
+            measured(store)
+        assert "\n" not in str(error.value)
+    texts = {
+        document.doc_id: document.content for document in open_collection(CollectionSpec(str(collection))).documents()
+    }
+    with Searcher.open(old) as searcher:
+        fields = [{"text": text} for text in texts.values()]
+        searcher.upsert(list(texts), encoder.encode(list(texts.values()), "document"), fields)
+    assert measured(old) == good
+    indexed("wrong", other)
+    assert measured(tmp_path / "wrong") == good

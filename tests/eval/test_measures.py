@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.measures import evaluate, parse_measure, restrict
+from eval.measures import evaluate, parse_measure, require_measurable, restrict
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Ranking, rank
 
@@ -170,3 +171,26 @@ def test_an_impossible_measure_says_what_to_write(name: str, message: str) -> No
     """The library answers with NameError, assertions and object addresses."""
     with pytest.raises(DataError, match=message):
         parse_measure(name)
+
+
+@pytest.mark.parametrize("name", ["Accuracy@10", "nDCG@99999999999999999999", "R@99999999999999999999"])
+def test_a_measure_whose_provider_fails_is_named_before_anything_is_measured(name: str) -> None:
+    """The library's own ZeroDivisionError or KeyError ended an evaluation in a trace."""
+    with pytest.raises(DataError, match=f"measure '{name}': what computes it fails .*; name another measure") as error:
+        require_measurable(["nDCG@10", name], 10**30)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=f"measure '{name}': what computes it fails"):
+        evaluate({"q": rank(["a"], [1.0])}, {"q": {"a": 1}}, ["RR@10", name])
+
+
+@pytest.mark.skipif(shutil.which("perl") is None, reason="gdeval is a Perl script")
+def test_gdeval_gets_numbers_for_ids(capfd: pytest.CaptureFixture[str]) -> None:
+    """It refuses "q15", and takes "a-1" and "b-1" for one query, whose value the other would get."""
+    qrels = {"q15": {"a": 2}, "a-1": {"a": 1}, "b-1": {"b": 0, "c": 1}}
+    run = {query_id: rank(["b", "a"], [2.0, 1.0]) for query_id in qrels}
+    run["q15"] = rank(["a", "b"], [2.0, 1.0])
+    require_measurable(["ERR@20"], 20)
+    values = evaluate(run, qrels, ["ERR@20", "RR@10"]).values
+    assert values["RR@10"].tolist() == [1.0, 0.5, 0.0]
+    assert values["ERR@20"][0] > values["ERR@20"][1] > values["ERR@20"][2] == 0
+    assert capfd.readouterr().err == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -351,3 +352,60 @@ def test_a_lone_system_has_its_pictures(tmp_path: Path, milliseconds: float) -> 
     cost = Facts(query_ms_p50=milliseconds, query_ms_p95=milliseconds)
     _write(tmp_path, [_system("BM25", "bm25", 0, cost)])
     assert (tmp_path / "plots" / "quality-latency.png").stat().st_size > 0
+
+
+def test_a_report_replaces_the_one_before_it(tmp_path: Path, systems: list[SystemResult]) -> None:
+    """Systems left from an earlier report were compared, and the p-values of the new ones corrected for them."""
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"event": "train", "step": 1, "loss": 1.0}\n{"event": "train", "step": 2, "loss": 0.5}\n')
+    out = tmp_path / "out"
+    _write(out, systems, baseline="teacher encoder", training={"student <3 layers>": metrics})
+    assert (out / "plots/training-loss.svg").exists()
+    mine = [out / "runs/mine.trec", out / "per_query/mine.tsv", out / "plots/mine.svg", out / "notes.txt"]
+    for path in mine:
+        path.write_text("mine\n")
+    _write(out, [systems[0], _system("A b", "student", 1)])
+    kept = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file() and path not in mine}
+    assert kept == {
+        "report.json", "report.html", "runs/bm25.trec", "runs/a-b.trec", "per_query/bm25.tsv", "per_query/a-b.tsv",
+    }  # fmt: skip
+    assert all(path.exists() for path in mine)
+    (out / "report.json").write_text("{}")
+    _write(out, [systems[0]])
+    assert (out / "runs/a-b.trec").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: [], "it holds no object"),
+        (lambda report: None, "it holds no object"),
+        (lambda report: {}, "there is no 'collection'"),
+        (lambda report: {**report, "format_version": 99}, "format_version is 99, known is 1"),
+        (lambda report: {k: v for k, v in report.items() if k != "training"}, "there is no 'training'"),
+        (lambda report: {**report, "documents": "x"}, "'documents' is 'x'"),
+        (lambda report: {**report, "systems": []}, "no systems"),
+        (lambda report: {**report, "measures": [1]}, "no measures"),
+        (lambda report: {**report, "systems": [1]}, "in system 1 there is no object"),
+        (lambda report: {**report, "measures": ["AP"]}, "in system 1 there is no 'AP'"),
+        (lambda report: {**report, "systems": [{**report["systems"][0], "intervals": {}}]}, "no 'nDCG@10'"),
+        (lambda report: {**report, "comparisons": [{}]}, "in comparisons 1 there is no 'system'"),
+    ],
+)
+def test_what_is_no_report_is_one_line(
+    tmp_path: Path, systems: list[SystemResult], change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    """Another program's report.json, or one of a later version, must be named and not end in a trace."""
+    report = _write(tmp_path, systems, baseline="BM25")
+    assert merge_reports([tmp_path])["systems"] == report["systems"]
+    (tmp_path / "report.json").write_text(json.dumps(change(report)))
+    with pytest.raises(DataError, match=rf"report\.json: not a report this version can read: .*{message}") as error:
+        merge_reports([tmp_path])
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_text_are_no_report(tmp_path: Path) -> None:
+    """A file in another encoding ended in a trace."""
+    (tmp_path / "report.json").write_bytes(b'{"collection": "\xe9"}')
+    with pytest.raises(DataError, match=r"report\.json: cannot read the report \(.*utf-8.*\); give a run's folder"):
+        merge_reports([tmp_path])

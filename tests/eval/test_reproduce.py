@@ -41,6 +41,10 @@ def test_a_file_is_read_and_filled(tmp_path: Path) -> None:
         ("value: 0.5", "value: high", "table 1: value 'high' of 'BM25' is not a finite number"),
         ("value: 0.5", "value: .nan", "not a finite number"),
         ("0.001", "-1", "must not be negative"),
+        ("system: BM25", "system: [1]", r"table 1: system \[1\] is not a text; put"),
+        ("measure: RR@10", "measure: 5", "table 1: measure 5 is not a text"),
+        ("system: BM25", "set: 2020, system: BM25", "table 1: set 2020 is not a text"),
+        ("{data}", "'{data}", 'table 1: command "rkd .*": no closing quotation; mend its quotes'),
         ("rkd eval", "rm -r", "does not start with rkd"),
         ("{data}", "{folder}", r"no value for \{folder\}; give it with --set folder=VALUE"),
         (GOOD, "name: x", "not a list of tables"),
@@ -57,6 +61,16 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, old: str, new: str, message: s
     assert "\n" not in str(error.value)
 
 
+def test_a_file_in_another_encoding_is_one_line(tmp_path: Path) -> None:
+    """Saved as Latin-1, a file ended in a trace."""
+    path = tmp_path / "tables.yaml"
+    path.write_bytes(GOOD.replace("name: bm25", "name: é").encode("latin-1"))
+    with pytest.raises(DataError, match=r"tables\.yaml: cannot read it \(.*utf-8.*\); give a YAML list of tables"):
+        read_tables(path, {"data": "x"})
+    path.write_text(GOOD.replace("RR@10", "'RR@10'").replace("system: BM25", "set: '2020', system: BM25"))
+    assert read_tables(path, {"data": "'a b'"})[0].expect[0].set == "2020"
+
+
 def test_figures_are_found_or_refused() -> None:
     """A figure that is not there and reads as 0.0 has passed reviews before."""
     assert figure(REPORT, Expected("BM25", "RR@10", 0, 0)) == 0.5
@@ -65,6 +79,7 @@ def test_figures_are_found_or_refused() -> None:
     for report, expected, message in (
         (REPORT, Expected("BM52", "RR@10", 0, 0), "no system 'BM52', did you mean 'BM25'"),
         (REPORT, Expected("BM25", "RR@1", 0, 0), "no measure 'RR@1'"),
+        (REPORT, Expected("BM25", "RR@10", 0, 0, "a"), "no set 'a': the command measures one collection; leave set"),
         (SUMMARY, Expected("BM25", "RR@10", 0, 0, "c"), "no set 'c'"),
         (SUMMARY, Expected("BM25", "RR@10", 0, 0), "no set ''"),
     ):

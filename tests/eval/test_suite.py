@@ -233,6 +233,9 @@ def test_passages_and_documents_are_fused_by_document(tiny: Path, tmp_path: Path
         (("bm25", "f=run:nowhere.trec"), QUICK, "nowhere.trec: cannot read the run"),
         (("bm25",), Setup(timed=0, baseline="dense"), "baseline 'dense' is not among"),
         (("pair:x",), QUICK, "documents=MODEL"),
+        (("bm25", "b=bm25"), Setup(max_loss=0.01), "--max-loss 0.01: a loss is against a teacher; name it"),
+        (("bm25",), Setup(teacher="bm25", max_loss=0.01), "--max-loss 0.01: teacher 'bm25' is the only system"),
+        (("bm25", "b=bm25"), Setup(teacher="c", max_loss=0.01), "teacher 'c' is not among the systems"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(
@@ -243,3 +246,49 @@ def test_what_cannot_be_measured_is_one_line(
         _run(tiny, tmp_path / "out", [tiny / "tiny-collection"], *systems, setup=setup)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_collections_that_a_summary_cannot_tell_apart_are_refused(
+    tiny: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of one name were averaged as one set, and reports of folders alike but for their accents overwritten."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("aa/c", "bb/c", "é/d", "è/d", "forums/one", "other/forums/two"):
+        shutil.copytree(second, name)
+    for paths in (
+        ("aa/c", "bb/c"), ("aa/c", "aa/c"), ("é/d", "è/d"), ("forums", "other/forums"), ("forums", "forums/one"),
+    ):  # fmt: skip
+        refused = ("forums/one", "other/forums/two") if "other/forums" in paths else paths
+        with pytest.raises(DataError, match=f"^{refused[0]}.* and {refused[1]}: a summary could not tell") as error:
+            _run(tiny, tmp_path / "out", [Path(path) for path in paths], "bm25")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
+    assert len(_run(tiny, tmp_path / "out", [Path("aa/c"), Path("é/d"), Path("forums")], "bm25")) == 3
+
+
+def test_measures_with_a_dot_reach_the_pages(tiny: Path, second: Path, tmp_path: Path) -> None:
+    """A template that splits a measure's name at its dot fails after everything was measured."""
+    setup = Setup(timed=0, measures=("IPrec@0.5", "Compat(p=0.5)"))
+    _run(tiny, tmp_path, [tiny / "tiny-collection", second], "bm25", "b=bm25", setup=setup)
+    for page in ("summary.html", "second-collection/report.html"):
+        html = (tmp_path / page).read_text()
+        assert "IPrec@0.5" in html
+        assert 'class="best"' in html
+
+
+def test_one_judged_query_is_reported_without_tests(tiny: Path, second: Path, tmp_path: Path) -> None:
+    """All systems would be measured and then nothing written, because one query cannot be tested."""
+    one = tmp_path / "one"
+    shutil.copytree(second, one)
+    qrels = one / "qrels/test.tsv"
+    header, first, *_ = qrels.read_text().splitlines()
+    qrels.write_text(f"{header}\n{first}\n")
+    (report,) = _run(tiny, tmp_path / "out", [one], "bm25", "b=bm25")
+    assert report["comparisons"] == []
+    assert "nothing is tested" in report["notes"][0]
+    assert "nothing is tested" in (tmp_path / "out/report.html").read_text()
+    gate = Setup(timed=0, teacher="b", max_loss=0.5)
+    with pytest.raises(DataError, match="one: split 'test' judges one query, --max-loss needs at least two"):
+        _run(tiny, tmp_path / "gate", [one], "bm25", "b=bm25", setup=gate)
+    assert not (tmp_path / "gate").exists()
+    assert _run(tiny, tmp_path / "more", [second], "bm25", "b=bm25")[0]["notes"] == []

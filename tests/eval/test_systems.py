@@ -160,6 +160,15 @@ def test_a_bad_run_file_names_its_line(tmp_path: Path, row: str, message: str) -
         RunSystem.read("bad", path, Corpus(), QRELS)
 
 
+def test_an_empty_run_file_is_named(tmp_path: Path) -> None:
+    """A run whose making was killed at once would stand in the table as a system worth nothing."""
+    for name in ("run.trec", "run.tsv"):
+        for content in ("", "\n \n"):
+            (tmp_path / name).write_text(content)
+            with pytest.raises(DataError, match=rf"{name}: no rankings in it; make the run again"):
+                RunSystem.read("empty", tmp_path / name, Corpus(), QRELS)
+
+
 def test_a_bad_line_of_ms_marcos_format_is_named(tmp_path: Path) -> None:
     """Looked for in TREC's column, the document would be taken for a rank, or not be found at all."""
     path = tmp_path / "run.tsv"
