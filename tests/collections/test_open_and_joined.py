@@ -37,7 +37,7 @@ def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: py
     """A shell variable that was never set would measure whatever lies below the current folder."""
     monkeypatch.chdir(write_beir(tmp_path / "a"))
     for spec in (CollectionSpec(path), CollectionSpec(".", (path,))):
-        with pytest.raises(DataError, match="the path '.?' is empty; name a folder"):
+        with pytest.raises(DataError, match=r"the path '.?' is empty; name a folder"):
             open_collection(spec)
     assert open_collection(CollectionSpec(".")).name == "a"
 
