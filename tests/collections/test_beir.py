@@ -101,6 +101,15 @@ def test_training_queries_leave_out_what_any_other_split_asks(tmp_path: Path) ->
     assert training_queries(collection) == {"q5": "kept"}
 
 
+def test_a_train_split_without_a_query_of_its_own_is_refused(tmp_path: Path) -> None:
+    """A training on no query would end, after all the mining, in a count of zero that names no reason."""
+    queries = {"q1": "What purrs?", "q2": "what purrs", "q3": "what barks"}
+    qrels = {"test": [("q1", "d1", 1)], "dev": [("q3", "d2", 1)], "train": [("q2", "d1", 1), ("q3", "d2", 1)]}
+    collection = BeirCollection(write_beir(tmp_path / "c", queries=queries, qrels=qrels))
+    with pytest.raises(DataError, match=r"^c: each of the 2 train queries is asked in dev or another split too"):
+        training_queries(collection)
+
+
 LINE = '{"_id": "x", "text": "y"}\n'
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "torn line": (lambda f: append(f / "corpus.jsonl", '{"_id": "d4", "te'), "corpus.jsonl:4: malformed JSON"),
