@@ -22,6 +22,7 @@ from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.errors import DataError
 
 Scores = npt.NDArray[np.float32]
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,9 @@ def rank(doc_ids: Sequence[str], scores: Sequence[float] | npt.NDArray[np.floati
     Raises:
         DataError: lengths differ, an id occurs twice, or a score is not finite; names the id.
     """
-    values = np.asarray(scores, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        # What no float32 can hold becomes infinite, and is refused as such.
+        values = np.asarray(scores, dtype=np.float32)
     if values.shape != (len(doc_ids),):
         raise DataError(f"{len(doc_ids)} document ids but scores of shape {values.shape}; give one score for each id")
     if not np.isfinite(values).all():
@@ -125,7 +128,7 @@ def read_trec(path: Path) -> dict[str, Ranking]:
     """Read a TREC run; the rank column is ignored, the order comes from :func:`rank`.
 
     Raises:
-        DataError: wrong number of columns, a score that is not a finite number, or a repeated
+        DataError: wrong number of columns, a score that is not a finite float32, or a repeated
             (query, document) pair; names file and line.
     """
     rows: dict[str, dict[str, float]] = {}
@@ -231,6 +234,9 @@ def _lines(path: Path, file: BinaryIO, first: int = 1) -> Iterator[_Line]:
             score = float(columns[4])
         except ValueError:
             raise DataError(f"{path}:{number}: score {columns[4]!r} is not a number; mend the line") from None
-        if not math.isfinite(score):
-            raise DataError(f"{path}:{number}: score {columns[4]} is not finite; mend the ranker that made it")
+        if not abs(score) <= _LARGEST:
+            wrong = "is not finite" if not math.isfinite(score) else "is beyond what a float32 holds"
+            raise DataError(
+                f"{path}:{number}: score {columns[4]} {wrong} (query {columns[0]!r}); mend the ranker that made it"
+            )
         yield _Line(number, start, end, columns[0], columns[2], score)

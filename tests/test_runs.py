@@ -78,9 +78,11 @@ def test_k_keeps_the_best_and_top_cuts() -> None:
         (["a", "b"], [1.0], "2 document ids but scores of shape (1,)"),
         (["a", "b"], [1.0, float("nan")], "document 'b': score nan is not finite"),
         (["a", "b"], [float("inf"), 1.0], "document 'a': score inf is not finite"),
+        (["a", "b"], [1.0, -1e39], "document 'b': score -inf is not finite"),
         (["a", "b", "a"], [1.0, 2.0, 3.0], "document 'a' occurs twice"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_impossible_scores_are_refused(ids: list[str], scores: list[float], part: str) -> None:
     """A NaN sorts anywhere; a document twice counts its gain twice."""
     with pytest.raises(DataError) as error:
@@ -94,10 +96,14 @@ def test_impossible_scores_are_refused(ids: list[str], scores: list[float], part
         ("q Q0 d 1 0.5\n", ":1: 5 columns, a TREC run has 6"),
         ("q Q0 d 1 0.5 t\n\nq Q0 e 2 high t\n", ":3: score 'high' is not a number"),
         ("q Q0 d 1 nan t\n", ":1: score nan is not finite"),
+        ("q Q0 d 1 1e999 t\n", ":1: score 1e999 is not finite (query 'q')"),
+        ("q Q0 e 1 3e38 t\nq Q0 d 1 1e39 t\n", ":2: score 1e39 is beyond what a float32 holds (query 'q')"),
+        ("q Q0 d 1 -1e39 t\n", ":1: score -1e39 is beyond what a float32 holds (query 'q')"),
         ("q Q0 d 1 0.5 t\nq Q0 d 2 0.4 t\n", ":2: query 'q' lists document 'd' twice"),
         ("q Q0 d 1 0.5 t\nq Q0 e 2 0.", ":2: 5 columns"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_malformed_runs_name_the_line(tmp_path: Path, content: str, part: str) -> None:
     """A line that is skipped in silence changes the measure and nobody knows."""
     path = tmp_path / "run.trec"
@@ -122,6 +128,13 @@ def test_a_missing_run_is_a_clear_error(tmp_path: Path) -> None:
         read_trec(tmp_path / "absent.trec")
     with pytest.raises(DataError, match="cannot read the run"):
         TrecFiles([tmp_path / "absent.trec"])
+
+
+def test_the_largest_scores_are_scores(tmp_path: Path) -> None:
+    """A bound too low would refuse the run of a ranker whose only fault is its scale."""
+    path = tmp_path / "run.trec"
+    path.write_text("q Q0 a 1 3.4028234e38 t\nq Q0 b 2 -3.4028234e38 t\n")
+    assert read_trec(path)["q"].doc_ids == ("a", "b")
 
 
 def test_the_rank_column_does_not_order(tmp_path: Path) -> None:

@@ -63,19 +63,22 @@ def show(
     if as_json:
         typer.echo(json.dumps(resolved(loaded)))
         return
-    for line in _explained(loaded):
+    # The whole of it before the first line is printed: a loss that does not exist is refused here.
+    explained = list(_explained(loaded))
+    for line in explained:
         typer.echo(f"# {line}")
     typer.echo(to_yaml(loaded), nl=False)
 
 
 def _explained(recipe: Recipe) -> Iterator[str]:
     """Yield what a recipe needs and what each term of its loss is, stage by stage."""
-    from retrieval_kd.losses.registry import LOSSES
+    from retrieval_kd.losses.registry import LOSSES, bind
 
     yield f"Needs {_NEEDS[recipe.needs]}."
     for stage in recipe.training:
         yield f"Stage {stage.name}:" if recipe.stages else "Losses:"
         for loss in stage.losses:
+            bind(loss.name, loss.options)
             info = LOSSES[loss.name]
             teacher = ", by the large encoder's scores" if loss.teacher == "encoder" else ""
             summary = (inspect.getdoc(info.function) or "").splitlines()[0]

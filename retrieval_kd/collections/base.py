@@ -106,8 +106,18 @@ def training_queries(collection: Collection) -> dict[str, str]:
 
     Texts are compared by their words: "where is windsor" in train is "where is windsor?" in test, and a
     student trained on it has seen the exam.
+
+    Raises:
+        DataError: no query of the train split is left.
     """
-    return unseen(split_queries(collection, "train"), collection)
+    texts = split_queries(collection, "train")
+    left = unseen(texts, collection)
+    if not left:
+        raise DataError(
+            f"{collection.name}: each of the {len(texts)} train queries is asked in dev or another split too, so none "
+            "is left to train on; give train queries of its own"
+        )
+    return left
 
 
 def unseen(texts: Mapping[str, str], collection: Collection) -> dict[str, str]:

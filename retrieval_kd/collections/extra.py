@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 
-from retrieval_kd.collections.base import Collection, held_out_words, training_queries, words_of
+from retrieval_kd.collections.base import Collection, held_out_words, split_queries, words_of
 
 # A heading or a list's number is no sentence; a sentence longer than any query costs time and teaches little more.
 _LEAST_WORDS = 4
@@ -34,7 +34,7 @@ def extra_texts(collection: Collection, others: Sequence[Collection], sentences:
         most: Texts wanted, at least 1.
 
     Raises:
-        DataError: as :func:`retrieval_kd.collections.base.training_queries`.
+        DataError: as :func:`retrieval_kd.collections.base.split_queries` and ``dev_queries``.
     """
     sources = (collection, *others)
     held_out = set().union(*map(held_out_words, sources))
@@ -59,7 +59,8 @@ def extra_texts(collection: Collection, others: Sequence[Collection], sentences:
 
 
 def _queries(collection: Collection) -> Iterator[tuple[str, str]]:
-    for query_id, text in training_queries(collection).items():
+    # Those that are also held out are left out with every other text that is.
+    for query_id, text in split_queries(collection, "train").items():
         yield f"{collection.name}/query/{query_id}", text
 
 

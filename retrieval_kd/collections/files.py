@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import reprlib
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -25,6 +26,11 @@ from retrieval_kd.progress import progress
 _SPLIT_ORDER = {"train": 0, "dev": 1, "test": 2}
 _REPORT_BYTES = 1 << 20
 _INTEGER = re.compile(r"-?[0-9]+")
+# Grades in the field are single digits. pytrec_eval allocates memory by the highest one, so that a slip such as a
+# document id in the grade's column would take tens of gigabytes.
+HIGHEST_GRADE = 1_000
+# Characters of the longest 32-bit number: pytrec_eval takes no more than 64 bits, and Python no thousands of digits.
+_LONGEST_GRADE = 11
 
 
 class Line(NamedTuple):
@@ -211,13 +217,15 @@ def collect_qrels(source: str, rows: Iterable[Judgement], queries: Container[str
         documents: Ids of all documents.
 
     Raises:
-        DataError: a grade that is not an integer, an unknown query or document, a pair judged twice,
-            or no row at all; names file and line.
+        DataError: a grade that is not an integer or above :data:`HIGHEST_GRADE`, an unknown query or document, a pair
+            judged twice, or no row at all; names file and line.
     """
     qrels: dict[str, dict[str, int]] = {}
     for where, query_id, doc_id, grade in rows:
         if _INTEGER.fullmatch(grade) is None:
             raise DataError(f"{where}: grade {grade!r} is not an integer; write 0, 1, 2, ...")
+        if len(grade) > _LONGEST_GRADE or int(grade) > HIGHEST_GRADE:
+            raise DataError(f"{where}: grade {reprlib.repr(grade)} is not in ..{HIGHEST_GRADE:,}; write 0, 1, 2, ...")
         if query_id not in queries:
             raise DataError(f"{where}: query {query_id!r} has no text; add it to the queries or drop the row")
         if doc_id not in documents:

@@ -28,6 +28,9 @@ def open_collection(spec: CollectionSpec) -> Collection:
 
 
 def _open(path: str) -> Collection:
+    if not path.strip():
+        # An unset shell variable; as a path it would be the current folder.
+        raise DataError(f"collection: the path {path!r} is empty; name a folder, {PREFIX}<id> or {DEMO_COLLECTION}")
     if path == DEMO_COLLECTION:
         return PythonDocs()
     if path.startswith(PREFIX):

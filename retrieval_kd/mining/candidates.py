@@ -76,6 +76,8 @@ def _parse(line: Line) -> CandidateList:
         row = json.loads(line.text)
     except json.JSONDecodeError as error:
         raise DataError(f"{line.where}: malformed JSON ({error.msg}); mine again") from None
+    except (ValueError, RecursionError):
+        raise DataError(f"{line.where}: a number or a nesting too long to read; mine again") from None
     match row:
         case {"query_id": str(query_id), "doc_ids": [*doc_ids], "labels": [*labels], **rest} if (
             not rest and all(type(doc_id) is str for doc_id in doc_ids) and all(type(label) is int for label in labels)

@@ -19,6 +19,7 @@ import yaml
 
 from retrieval_kd.errors import RecipeError, did_you_mean
 from retrieval_kd.recipes.schema import Recipe, StageSpec
+from retrieval_kd.recipes.strict_yaml import NotYaml, read_yaml
 
 Section = TypeVar("Section")
 
@@ -52,11 +53,9 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(f"no recipe {source!r}{did_you_mean(source, shipped_recipes())}")
         text = resources.files("retrieval_kd.recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f":{where.line + 1}" if where else ""
-        raise RecipeError(f"{source}{line}: not YAML ({getattr(error, 'problem', error)}); mend the line") from None
+        raw = read_yaml(text)
+    except NotYaml as error:
+        raise RecipeError(f"{source}:{error.line}: not YAML ({error}); mend the line") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{source}: a recipe is a mapping of keys, this is {type(raw).__name__}; mend the file")
     for assignment in overrides:
@@ -117,9 +116,12 @@ def _override(raw: dict[str, Any], assignment: str) -> None:
     if not separator or not path:
         raise RecipeError(f"--set {assignment!r}: write KEY.PATH=VALUE, such as student.mode=symmetric")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {assignment!r}: the value is not YAML; quote it") from None
+        value = read_yaml(text)
+    except NotYaml as error:
+        raise RecipeError(f"--set {path}: the value is not YAML ({error}); mend or quote it") from None
+    if value is None and text.strip().lower() not in ("null", "~"):
+        # An unset shell variable, or a comment; null stands for a section's defaults, and only if it is written.
+        raise RecipeError(f"--set {path}: no value after the =; give one, or leave --set {path} out")
     *parents, last = path.split(".")
     node: Any = raw
     for i, key in enumerate(parents):
@@ -234,7 +236,10 @@ def _read_scalar(kind: Any, value: Any, where: str) -> Any:
         except ValueError:
             raise RecipeError(f"{where}: {value!r} is not a number; write one") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if type(value) is not kind:
         raise RecipeError(f"{where}: {value!r} is {type(value).__name__}, it takes {kind.__name__}")
     if kind is float and not math.isfinite(value):

@@ -806,12 +806,13 @@ class EvaluationSpec:
     rerank_depth: int = 100
 
     def __post_init__(self) -> None:
-        """Refuse depths that measure nothing, or less than a measure's name says."""
+        """Refuse what measures nothing, or less than a measure's name says."""
         _require(self.depth >= 1, f"evaluation.depth: {self.depth} must be at least 1")
         _require(
             1 <= self.rerank_depth <= self.depth,
             f"evaluation.rerank_depth: {self.rerank_depth} must lie in 1..depth ({self.depth})",
         )
+        _require(len(self.measures) > 0, "evaluation.measures: empty; name at least one, such as nDCG@10")
         for measure in self.measures:
             cutoff = measure.rpartition("@")[2]
             _require(
@@ -864,7 +865,9 @@ class Recipe:
     evaluation: EvaluationSpec = EvaluationSpec()
 
     def __post_init__(self) -> None:
-        """Refuse a recipe that would train nothing, or names a stage that is not there when it is needed."""
+        """Refuse a seed no generator takes, a recipe that would train nothing, and a stage not there when needed."""
+        # What both NumPy's and PyTorch's generators take.
+        _require(0 <= self.seed < 1 << 63, f"seed: {self.seed} is not in 0..{(1 << 63) - 1}")
         if not self.stages:
             _require(len(self.losses) > 0, f"recipe {self.name}: losses is empty; name at least one")
         names = [stage.name for stage in self.stages]

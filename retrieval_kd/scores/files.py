@@ -19,6 +19,9 @@ from retrieval_kd.scores.store import SCHEMA, ScoreStore
 
 _TREC_COLUMNS = 6
 _TSV_COLUMNS = 3
+_SCORE = "score"
+# Arrow's own errors, what it makes of the system's, and text that is not UTF-8.
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _LOGARITHMS = PREFERENCES.set(3, pa.field("logp", pa.float32(), nullable=False))
 
 
@@ -28,18 +31,26 @@ def read_scores(path: Path, *, finite: bool = True) -> ScoreStore:
     Args:
         path: A score store's folder; a Parquet file with the columns ``query_id``, ``doc_id`` and ``score``; a TREC
             run (six columns: query Q0 document rank score tag); or a TSV file (three columns: query, document,
-            score, with or without a line of names).
+            score, with or without a first line of names whose third is ``score``).
         finite: Refuse scores that are not; a report on them wants to count them.
 
     Raises:
         ArtifactError: a folder that is not a whole store.
-        DataError: a file of another form, a score that is not a finite number, or a pair that occurs twice; names
-            file, and line or pair.
+        DataError: a file of another form or without any score, a score that is not a finite number, or a pair that
+            occurs twice; names file, and line or pair.
     """
+    store = _store(path, finite)
+    if not len(store):
+        raise DataError(f"{path}: no scores; a teacher has one for each pair of query and document")
+    return store
+
+
+def _store(path: Path, finite: bool) -> ScoreStore:
     if path.is_dir():
         return ScoreStore.open(path, finite=finite)
     if path.suffix == ".parquet":
-        return ScoreStore(path, file_sha256(path), _parquet(path, SCHEMA), lambda _: str(path), finite=finite)
+        table = _parquet(path, SCHEMA)
+        return ScoreStore(path, file_sha256(path), table, lambda _: str(path), finite=finite)
     queries, documents, scores = [], [], []
     for _, query_id, doc_id, score in _text_rows(path):
         queries.append(query_id)
@@ -83,17 +94,31 @@ def read_preferences(path: Path) -> PreferenceStore:
 def _column_names(path: Path) -> list[str]:
     try:
         names: list[str] = pq.read_schema(path).names
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: not a Parquet file ({error}); give one, or a file of another suffix") from None
+    except _UNREADABLE as error:
+        raise DataError(
+            f"{path}: not a Parquet file ({_first_line(error)}); give one, or a file of another suffix"
+        ) from None
     return names
 
 
+def _first_line(error: Exception) -> str:
+    """Return what Arrow says, without the traces that it sometimes adds in further lines."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def _parquet(path: Path, schema: pa.Schema) -> pa.Table:
-    missing = [name for name in schema.names if name not in _column_names(path)]
-    if missing:
-        raise DataError(f"{path}: no column {missing[0]!r}; such a file has {schema.names}")
-    with pq.ParquetFile(path) as file:
-        table = file.read(columns=schema.names).select(schema.names)
+    names = _column_names(path)
+    for name in schema.names:
+        if names.count(name) != 1:
+            wrong = f"{names.count(name)} columns {name!r}" if name in names else f"no column {name!r}"
+            raise DataError(f"{path}: {wrong}; such a file has {schema.names}")
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=schema.names).select(schema.names)
+        # Arrow reads text without a look at its bytes.
+        table.validate(full=True)
+    except _UNREADABLE as error:
+        raise DataError(f"{path}: damaged ({_first_line(error)}); copy or write the file again") from None
     empty = [name for name in schema.names if table[name].null_count]
     if empty:
         raise DataError(f"{path}: column {empty[0]!r} has empty values; give every row its own")
@@ -101,7 +126,7 @@ def _parquet(path: Path, schema: pa.Schema) -> pa.Table:
         # Not safe: a double that no float32 can hold exactly is still the score, and one too large is found later.
         return table.cast(schema, safe=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(f"{path}: {error}; such a file has {schema.names}, text and a number") from None
+        raise DataError(f"{path}: {_first_line(error)}; such a file has {schema.names}, text and a number") from None
 
 
 def _text_rows(path: Path) -> Iterator[tuple[Line, str, str, float]]:
@@ -120,6 +145,6 @@ def _text_rows(path: Path) -> Iterator[tuple[Line, str, str, float]]:
         try:
             yield line, query_id, doc_id, float(text)
         except ValueError:
-            # The first line of a score file may name its columns.
-            if number > 0 or len(columns) == _TREC_COLUMNS:
+            # Anything else that the first line holds is a pair whose score went wrong, such as 1,5.
+            if number > 0 or len(columns) == _TREC_COLUMNS or text.strip().lower() != _SCORE:
                 raise DataError(f"{line.where}: score {text!r} is not a number; mend the line") from None

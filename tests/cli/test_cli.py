@@ -107,6 +107,14 @@ def test_recipes_are_listed_and_shown(rkd: Rkd) -> None:
     assert "Needs the large encoder" in out
     assert "embedding_regression" in out
     assert "unknown key" in rkd.fails("recipes", "show", "leaf", "--set", "studen.layers=[0]")
+    for losses, message in (
+        ("[foo]", "no loss 'foo'"),
+        ("[{name: leaf}]", "no loss"),
+        ("[{name: margin_mse, options: {x: 1}}]", "no option 'x'"),
+    ):
+        code, out, err = rkd("recipes", "show", "margin_mse", "--set", f"losses={losses}")
+        assert (code, out) == (1, "")
+        assert message in err
     code, out, _ = rkd("recipes")
     assert code == 0
     groups = {block.splitlines()[0]: block for block in out.split("\n\n")}

@@ -101,6 +101,15 @@ def test_training_queries_leave_out_what_any_other_split_asks(tmp_path: Path) ->
     assert training_queries(collection) == {"q5": "kept"}
 
 
+def test_a_train_split_without_a_query_of_its_own_is_refused(tmp_path: Path) -> None:
+    """A training on no query would end, after all the mining, in a count of zero that names no reason."""
+    queries = {"q1": "What purrs?", "q2": "what purrs", "q3": "what barks"}
+    qrels = {"test": [("q1", "d1", 1)], "dev": [("q3", "d2", 1)], "train": [("q2", "d1", 1), ("q3", "d2", 1)]}
+    collection = BeirCollection(write_beir(tmp_path / "c", queries=queries, qrels=qrels))
+    with pytest.raises(DataError, match=r"^c: each of the 2 train queries is asked in dev or another split too"):
+        training_queries(collection)
+
+
 LINE = '{"_id": "x", "text": "y"}\n'
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "torn line": (lambda f: append(f / "corpus.jsonl", '{"_id": "d4", "te'), "corpus.jsonl:4: malformed JSON"),
@@ -137,6 +146,27 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "spaces": (lambda f: append(f / "qrels/test.tsv", "q1 d2 1\n"), "test.tsv:3: 1 columns, qrels have 3"),
     "grade": (lambda f: append(f / "qrels/test.tsv", "q1\td2\t0.5\n"), "test.tsv:3: grade '0.5' is not an integer"),
     "grade tricks": (lambda f: append(f / "qrels/test.tsv", "q1\td2\t1_0\n"), "grade '1_0' is not an integer"),
+    "grade of gigabytes": (
+        lambda f: append(f / "qrels/test.tsv", "q1\td2\t3000000000\n"),
+        "test.tsv:3: grade '3000000000' is not in ..1,000",
+    ),
+    "grade above all": (lambda f: append(f / "qrels/test.tsv", "q1\td2\t1001\n"), "grade '1001' is not in ..1,000"),
+    "grade of many digits": (
+        lambda f: append(f / "qrels/test.tsv", f"q1\td2\t{'9' * 6000}\n"),
+        "test.tsv:3: grade '999999999999...9999999999999' is not in ..1,000",
+    ),
+    "number of many digits": (
+        lambda f: append(f / "corpus.jsonl", f'{{"_id": "x", "text": "y", "n": {"9" * 5000}}}\n'),
+        "corpus.jsonl:4: a number has too many digits",
+    ),
+    "deep nesting": (
+        lambda f: append(f / "corpus.jsonl", f'{{"_id": "x", "text": "y", "n": {"[" * 100000}{"]" * 100000}}}\n'),
+        "corpus.jsonl:4: nested too deep",
+    ),
+    "deep nesting of a query": (
+        lambda f: append(f / "queries.jsonl", f"{'[' * 100000}{']' * 100000}\n"),
+        "queries.jsonl:3: nested too deep",
+    ),
     "unknown query": (lambda f: append(f / "qrels/test.tsv", "q9\td2\t1\n"), "test.tsv:3: query 'q9' has no text"),
     "unknown doc": (lambda f: append(f / "qrels/test.tsv", "q1\td9\t1\n"), "test.tsv:3: document 'd9' is not in"),
     "pair twice": (lambda f: append(f / "qrels/test.tsv", "q1\td1\t0\n"), "query 'q1' judges document 'd1' twice"),
@@ -158,6 +188,20 @@ def test_each_lie_is_named_with_file_and_line(tmp_path: Path, case: str) -> None
         read_all(folder)
     assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_every_grade_in_use_is_read(tmp_path: Path) -> None:
+    """A bound that refused spam's -2 or a percentage would lock out collections that were always fine."""
+    folder = write_beir(tmp_path / "c")
+    append(folder / "qrels/test.tsv", "q1\td2\t-2\nq1\td3\t1000\n")
+    assert BeirCollection(folder).qrels("test") == {"q1": {"d1": 1, "d2": -2, "d3": 1000}}
+
+
+def test_a_lines_other_keys_may_hold_numbers_and_nesting(tmp_path: Path) -> None:
+    """A refusal of what only might be too much would lose the fields that a search filters by."""
+    folder = write_beir(tmp_path / "c")
+    append(folder / "corpus.jsonl", f'{{"_id": "x", "text": "y", "n": {"9" * 30}, "of": [[[[1]]]]}}\n')
+    assert list(BeirCollection(folder).documents())[3].metadata == {"n": 10**30 - 1, "of": [[[[1]]]]}
 
 
 def test_documents_are_checked_before_the_first_one_comes(tmp_path: Path) -> None:

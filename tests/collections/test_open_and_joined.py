@@ -32,6 +32,16 @@ def test_an_unknown_path_says_which_layouts_there_are(tmp_path: Path, name: str,
         assert layout in str(error.value)
 
 
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """A shell variable that was never set would measure whatever lies below the current folder."""
+    monkeypatch.chdir(write_beir(tmp_path / "a"))
+    for spec in (CollectionSpec(path), CollectionSpec(".", (path,))):
+        with pytest.raises(DataError, match=r"the path '.?' is empty; name a folder"):
+            open_collection(spec)
+    assert open_collection(CollectionSpec(".")).name == "a"
+
+
 def test_distractors_join_the_corpus_and_nothing_else(tmp_path: Path) -> None:
     """The same ids in both corpora must stay two documents; only the base's queries count."""
     spec = CollectionSpec(str(write_beir(tmp_path / "base")), (str(write_beir(tmp_path / "other")),))

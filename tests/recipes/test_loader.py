@@ -65,6 +65,13 @@ def test_the_saved_recipe_is_the_recipe(name: str, tmp_path: Path) -> None:
         ("losses=[]", "losses is empty"),
         ("evaluation.depth=50", "evaluation.rerank_depth: 100 must lie in 1..depth (50)"),
         ("evaluation.measures=[R@1000]", "evaluation.measures: R@1000 needs a depth of at least 1000"),
+        ("evaluation.measures=[]", "evaluation.measures: empty"),
+        ("seed=-1", "seed: -1 is not in 0..9223372036854775807"),
+        ("seed=99999999999999999999", "seed: 99999999999999999999 is not in 0.."),
+        (f"schedule.clip={'9' * 400}", "schedule.clip: inf is not a finite number"),
+        ("schedule={epochs: 1, epochs: 2}", "--set schedule: the value is not YAML (key 'epochs' stands in line 1"),
+        ("schedule=&s {epochs: *s}", "--set schedule: the value is not YAML (alias 's' stands within"),
+        ("name=a\0", "--set name: the value is not YAML (character 0x00 is not allowed)"),
         ("seed", "write KEY.PATH=VALUE"),
         ("teacher.normalise=none", "cannot average two teachers on different scales"),
         ("teacher={model: x, fine_tune: {epochs: 1}}", "give either model or fine_tune, not both"),
@@ -88,6 +95,55 @@ def test_wrong_keys_and_values_name_the_key(override: str, message: str) -> None
         load_recipe("margin_mse", [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+HEAD = "name: x\nabout: y.\nsource: z\nlosses: [{name: margin_mse}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("schedule: {epochs: 5}\nschedule: {warmup: 0.1}\n", ":6: not YAML (key 'schedule' stands in line 5 already)"),
+        ("student:\n  layers: [0]\n  layers: [1]\n", ":7: not YAML (key 'layers' stands in line 6 already)"),
+        ("candidates: &c {filter: *c}\n", ":5: not YAML (alias 'c' stands within what it repeats)"),
+        (f"candidates: {'[' * 9000}", ":5: not YAML (nested more than 50 deep)"),
+        ("\nseed: 1\0\n", ":6: not YAML (character 0x00 is not allowed)"),
+        (f"seed: {'9' * 5000}\n", ":5: not YAML ('999999999999...9999999999999' is no int)"),
+        ("seed: !!bool x\n", ":5: not YAML ('x' is no bool)"),
+        ("encoder: &e {}\nstudent: &e {}\n", ":6: not YAML (found duplicate anchor 'e'; first occurrence, second"),
+    ],
+)
+def test_what_yaml_would_lose_or_fall_over_names_the_line(tmp_path: Path, text: str, message: str) -> None:
+    """Without it half of a section written twice would be lost in silence, and a slip would end in a trace."""
+    path = tmp_path / "r.yaml"
+    path.write_text(HEAD + text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(str(path))
+    assert str(path) + message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_anchors_merges_and_dates_are_read(tmp_path: Path) -> None:
+    """Without it a merged key that is overridden would count as written twice, and a date be no name."""
+    path = tmp_path / "r.yaml"
+    shared = "schedule: &s {epochs: 5, warmup: 0.1}\n"
+    stages = "stages:\n- {name: a, schedule: *s}\n- {name: b, schedule: {<<: *s, epochs: 6}}\npublished: 2024-13-45\n"
+    path.write_text(HEAD + shared + stages)
+    recipe = load_recipe(str(path), ["follows=2024-05-01"])
+    assert [(stage.schedule.epochs, stage.schedule.warmup) for stage in recipe.stages] == [(5, 0.1), (6, 0.1)]
+    assert (recipe.published, recipe.follows) == ("2024-13-45", "2024-05-01")
+    path.write_text(to_yaml(recipe))
+    assert load_recipe(str(path)) == recipe
+
+
+@pytest.mark.parametrize("override", ["collection=", "collection= ", "collection.distractors=", "collection=#2"])
+def test_an_override_without_a_value_is_refused(override: str) -> None:
+    """Without it an unset shell variable would train an hour on the built-in collection."""
+    key = override.partition("=")[0]
+    with pytest.raises(RecipeError, match=rf"^--set {key}: no value after the =; give one"):
+        load_recipe("margin_mse", [override])
+    assert load_recipe("margin_mse", ["encoder.query_prefix=''"]).encoder.query_prefix == ""
+    assert load_recipe("margin_mse", ["candidates.filter=null"]).candidates.filter is None
 
 
 def test_overrides_reach_every_depth_and_short_forms() -> None:

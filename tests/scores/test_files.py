@@ -10,6 +10,7 @@ import pytest
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Shortlist, rank, write_trec
 from retrieval_kd.scores.files import read_preferences, read_scores
+from retrieval_kd.scores.store import SCHEMA
 
 
 def text_file(tmp_path: Path, text: str) -> Path:
@@ -38,7 +39,7 @@ def test_ties_of_a_run_stay_ties(tmp_path: Path) -> None:
     assert scores.tolist() == [2.0, 2.0]
 
 
-@pytest.mark.parametrize("head", ["", "query_id\tdoc_id\tscore\n"])
+@pytest.mark.parametrize("head", ["", "query_id\tdoc_id\tscore\n", "qid\tdocid\tScore\n"])
 def test_a_tsv_file_is_a_teacher(tmp_path: Path, head: str) -> None:
     """Without it ids with spaces would be cut, or the line of names be taken for a pair."""
     store = read_scores(text_file(tmp_path, f"{head}q 1\td 1\t-0.5\n\nq 1\td2\t1e2\n"))
@@ -63,6 +64,10 @@ def test_a_parquet_file_is_a_teacher(tmp_path: Path) -> None:
         ("q\td\t1e39\n", r"scores.txt:1: query 'q' and document 'd' have the score inf"),
         ("q\td\t1\nq\te\tgood\n", r"scores.txt:2: score 'good' is not a number"),
         ("q Q0 d 1 good t\n", r"scores.txt:1: score 'good' is not a number"),
+        ("q\td\t1,5\nq\te\t2\n", r"scores.txt:1: score '1,5' is not a number"),
+        ("q\td\tgood\n", r"scores.txt:1: score 'good' is not a number"),
+        ("query_id\tdoc_id\tscore\n", r"scores.txt: no scores"),
+        ("", r"scores.txt: no scores"),
         ("q d\n", r"scores.txt:1: 2 columns; a TREC run has 6"),
     ],
 )
@@ -83,12 +88,38 @@ def test_bad_parquet_is_refused(tmp_path: Path) -> None:
         (pa.table({"query_id": ["q"], "doc_id": ["d"], "score": [None]}), "'score' has empty values"),
         (pa.table({"query_id": ["q"], "doc_id": ["d"], "score": ["high"]}), "such a file has"),
         (pa.table({"query_id": ["q"], "doc_id": ["d"], "score": [float("nan")]}), "have the score nan"),
+        (pa.table([["q"], ["p"], ["d"], [1.0]], ["query_id", "query_id", "doc_id", "score"]), "2 columns 'query_id'"),
+        (SCHEMA.empty_table(), "s.parquet: no scores"),
     ):
         pq.write_table(table, path)
         with pytest.raises(DataError, match=message):
             read_scores(path)
     with pytest.raises(DataError, match="cannot read"):
         read_scores(tmp_path / "nothing.trec")
+    with pytest.raises(DataError, match=r"nothing\.parquet: not a Parquet file"):
+        read_scores(tmp_path / "nothing.parquet")
+
+
+def test_a_damaged_parquet_file_is_one_line(tmp_path: Path) -> None:
+    """Without it a byte that a disk or a copy lost would end in a trace of Arrow's, without the file's name."""
+    path = tmp_path / "s.parquet"
+    ids = [f"q{i}" for i in range(50)]
+    refused = []
+    for compression in ("none", "zstd"):
+        pq.write_table(
+            pa.table({"query_id": ids, "doc_id": ids, "score": np.arange(50.0)}), path, compression=compression
+        )
+        whole = path.read_bytes()
+        for at in range(0, len(whole), 7):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+            try:
+                read_scores(path)
+            except DataError as error:
+                refused.append(str(error))
+        path.write_bytes(whole)
+        assert len(read_scores(path)) == 50
+    assert len(refused) > 100
+    assert all(line.startswith(str(path)) and "\n" not in line for line in refused)
 
 
 def test_missing_pairs_are_counted_and_named(tmp_path: Path) -> None:
