@@ -32,6 +32,11 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Ask a running server and print the ranking; a token is taken from the variable RKD_TOKEN."""
+    # Without an authority the connection is plain text, which shows no certificate and hides no token.
+    if ca is None and (cert or key):
+        raise ServeError("--cert and --key are for an encrypted connection; give --ca, the server's authority, too")
+    if (cert is None) != (key is None):
+        raise ServeError("--cert and --key belong together; give both")
     from serve.client import Options, RetrievalClient, Tls
 
     try:

@@ -287,6 +287,18 @@ def test_search_a_served_index_and_a_dead_port(rkd: Rkd, exported: Path) -> None
     assert "127.0.0.1:1" in rkd.fails("search", "127.0.0.1:1", "w1")
 
 
+@pytest.mark.parametrize("option", ["--cert", "--key"])
+def test_a_client_certificate_never_goes_with_plain_text(rkd: Rkd, exported: Path, option: str) -> None:
+    """Without it whoever proves himself by a certificate would send query and token in plain text, and be told rc 0."""
+    from retrieval_kd.cli.pipeline import serving
+
+    with serving(exported / "store", exported / "a") as target:
+        assert "give --ca" in rkd.fails("search", target, "w1", option, exported / "own.pem")
+        assert "give both" in rkd.fails(
+            "search", target, "w1", "--ca", exported / "ca.pem", option, exported / "own.pem"
+        )
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, collection: Path, exported: Path) -> None:
     """Without it a full disk would end in a trace, or in an encoding that counts as whole."""
     script = (
