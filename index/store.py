@@ -49,7 +49,8 @@ VERSIONS = "versions"
 KEPT_VERSIONS = 3
 _UNFINISHED = ".tmp-"
 _DOOMED = ".old-"
-_POINTER = re.compile(r"(\d{10}-[0-9a-f]{8}) ([0-9a-f]{64})\n")
+_NAME = re.compile(r"[0-9]{10}-[0-9a-f]{8}")
+_POINTER = re.compile(rf"({_NAME.pattern}) ([0-9a-f]{{64}})\n")
 _READ_ONLY = 0o444
 
 
@@ -81,9 +82,9 @@ class IndexStore:
         return version
 
     def versions(self) -> list[Path]:
-        """Return the folders of all published versions, oldest first."""
+        """Return the folders of all published versions, oldest first; what has another name is somebody else's."""
         folder = self._path / VERSIONS
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []
 
     def publish(
         self,
