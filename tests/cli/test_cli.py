@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -285,6 +286,19 @@ def test_search_a_served_index_and_a_dead_port(rkd: Rkd, exported: Path) -> None
         assert "top_k" in rkd.fails("search", target, "w1", "-k", "0")
         assert "text" in rkd.fails("search", target, "  ")
     assert "127.0.0.1:1" in rkd.fails("search", "127.0.0.1:1", "w1")
+
+
+def test_an_interruption_is_one_line_that_says_how_to_go_on() -> None:
+    """Without it Ctrl-C would end hours of work in silence, and nobody would know that they are kept."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        verb = [sys.executable, "-m", "retrieval_kd.cli.main", "search", f"127.0.0.1:{silent.getsockname()[1]}", "w1"]
+        with subprocess.Popen(verb, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            waiting.send_signal(signal.SIGINT)
+            out, err = waiting.communicate(timeout=60)
+            connection.close()
+    assert (waiting.returncode, out, err) == (130, "", "interrupted; run the same command to go on\n")
 
 
 @pytest.mark.parametrize("option", ["--cert", "--key"])
