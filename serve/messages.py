@@ -17,6 +17,7 @@ from retrieval_kd.errors import ServeError
 from serve.fields import fields_of_hit, fields_to_message
 from serve.filters import filter_to_message
 from serve.limits import Limits
+from serve.texts import sendable
 from serve.tls import is_loopback
 from serve.vectors import from_message, to_message
 
@@ -218,6 +219,7 @@ def token_metadata(target: str, token: str | None, tls: Tls | None) -> list[tupl
     return [("authorization", f"Bearer {token}")]
 
 
+@sendable("search")
 def search_request(
     text: str | None, vector: npt.ArrayLike | None, top_k: int, options: Options | None
 ) -> pb.SearchRequest:
@@ -234,6 +236,7 @@ def search_request(
     return request
 
 
+@sendable("search_sets")
 def sets_request(
     like: Sequence[Sequence[str]], unlike: Sequence[Sequence[str]], top_k: int, options: Options | None
 ) -> pb.SearchRequest:
@@ -249,6 +252,7 @@ def sets_request(
     return request
 
 
+@sendable("batch_search")
 def batch_requests(
     texts: Sequence[str] | None, vectors: npt.ArrayLike | None, top_k: int, options: Options | None
 ) -> list[pb.BatchSearchRequest]:
@@ -273,6 +277,7 @@ def _batch_size(options: Options | None) -> int:
     return min(limits.max_batch_queries, max(1, limits.max_rerank_pairs // max(1, depth)))
 
 
+@sendable("embed")
 def embed_request(name: str, texts: Sequence[str], documents: bool) -> pb.EmbedRequest:
     """Return the request for the vectors of texts."""
     return pb.EmbedRequest(
@@ -282,6 +287,7 @@ def embed_request(name: str, texts: Sequence[str], documents: bool) -> pb.EmbedR
     )
 
 
+@sendable("rerank")
 def rerank_request(query: str, documents: Mapping[str, str] | Sequence[str], top_k: int) -> pb.RerankRequest:
     """Return the request to order texts by id, or ids whose texts the index stores."""
     texts = documents if isinstance(documents, Mapping) else dict.fromkeys(checked_texts("rerank", documents), "")
@@ -292,6 +298,7 @@ def rerank_request(query: str, documents: Mapping[str, str] | Sequence[str], top
     )
 
 
+@sendable("upsert")
 def upsert_request(documents: Sequence[Document]) -> pb.UpsertDocumentsRequest:
     """Return the request to add or replace documents.
 
@@ -310,11 +317,13 @@ def upsert_request(documents: Sequence[Document]) -> pb.UpsertDocumentsRequest:
     return request
 
 
+@sendable("publish")
 def publish_request(index_version: str) -> pb.PublishIndexRequest:
     """Return the request to serve a version, the store's current one when empty."""
     return pb.PublishIndexRequest(index_version=index_version)
 
 
+@sendable("delete")
 def delete_request(doc_ids: Sequence[str]) -> pb.DeleteDocumentsRequest:
     """Return the request to remove documents."""
     return pb.DeleteDocumentsRequest(doc_ids=checked_texts("delete", doc_ids))
@@ -434,10 +443,14 @@ def tagged_embeds(texts: Sequence[str], documents: bool) -> Iterator[pb.StreamEm
     """Return the requests of a stream of encodings, numbered.
 
     Raises:
-        ServeError: there are no texts, so that nobody could say how wide their vectors are; or one bare text.
+        ServeError: there are no texts, so that nobody could say how wide their vectors are; one bare text; or a text
+            that is not valid Unicode.
     """
     if len(checked_texts("embed_stream", texts)) == 0:
         raise ServeError("embed_stream: texts has 0 entries; give at least 1")
+    with sendable("embed_stream"):
+        for text in texts:
+            text.encode()
     return (
         pb.StreamEmbedRequest(tag=tag, embed=embed_request("embed_stream", some, documents))
         for tag, some in enumerate(chunks(texts, EMBED_TEXTS))

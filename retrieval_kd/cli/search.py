@@ -41,8 +41,10 @@ def search(
 
     try:
         wanted = None if filter_json is None else json.loads(filter_json)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # an integer of more digits than Python reads, too
         raise ServeError(f"--filter: not JSON ({error})") from None
+    except RecursionError:
+        raise ServeError("--filter: too many levels deep; flatten it") from None
     options = Options(filter=wanted, fields=field or (), exact=exact, rerank_depth=rerank)
     tls = None if ca is None else Tls(ca, cert, key)
     with RetrievalClient(target, tls=tls, token=os.environ.get(_TOKEN)) as client:

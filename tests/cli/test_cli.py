@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import socket
@@ -285,6 +286,14 @@ def test_search_a_served_index_and_a_dead_port(rkd: Rkd, exported: Path) -> None
         assert [hit["rank"] for hit in hits] == [1, 2, 3]
         assert "top_k" in rkd.fails("search", target, "w1", "-k", "0")
         assert "text" in rkd.fails("search", target, "  ")
+        assert "not valid Unicode" in rkd.fails("search", target, os.fsdecode(b"w1 \xff"))
+        for wanted, message in (
+            ('{"not": ' * 300 + '{"eq": {"a": 1}}' + "}" * 300, "levels deep; flatten it"),
+            ('{"not": ' * 100_000 + '{"eq": {"a": 1}}' + "}" * 100_000, "levels deep; flatten it"),
+            (f'{{"eq": {{"a": {"1" * 5000}}}}}', "--filter: not JSON"),
+            ('{"eq": {"a": "\\ud800"}}', "not valid Unicode"),
+        ):
+            assert message in rkd.fails("search", target, "w1", "--filter", wanted)
     assert "127.0.0.1:1" in rkd.fails("search", "127.0.0.1:1", "w1")
 
 
