@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -195,25 +196,46 @@ class Tls:
         """Read the files.
 
         Raises:
-            ServeError: one cannot be read.
+            ServeError: one cannot be read or is not PEM, or the key is not the certificate's.
         """
+        if (self.certificate is None) != (self.key is None):
+            raise ServeError("a client's certificate and its key belong together; give both")
         try:
             ca, key, certificate = (
                 None if path is None else path.read_bytes() for path in (self.ca, self.key, self.certificate)
             )
         except OSError as error:
             raise ServeError(f"{error.filename}: cannot be read ({error.strerror}); give a PEM file") from None
+        self._require_pem()
         return grpc.ssl_channel_credentials(ca, key, certificate)
+
+    def _require_pem(self) -> None:
+        """Check the files: gRPC itself takes what is no PEM in silence and then fails every connection."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        wrong = f"{self.ca}: not the certificate of an authority"
+        try:
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
+            if self.certificate is not None:
+                wrong = f"{self.certificate}, {self.key}: not a certificate and its key"
+                # An empty password, for one would be asked for on the terminal, and gRPC reads no encrypted key.
+                context.load_cert_chain(self.certificate, self.key, password="")
+        except (OSError, ValueError) as error:
+            raise ServeError(f"{wrong} ({error}); give them as PEM") from None
 
 
 def token_metadata(target: str, token: str | None, tls: Tls | None) -> list[tuple[str, str]]:
     """Return what a call carries to prove itself.
 
     Raises:
-        ServeError: the token would travel in plain text to another machine.
+        ServeError: the token would travel in plain text to another machine, or no header can carry it.
     """
     if token is None:
         return []
+    if not (token.isascii() and token.isprintable()):
+        raise ServeError(
+            f"{target}: the token is not printable ASCII, which alone a header carries; give the right one"
+        )
     if tls is None and not is_loopback(target.rpartition(":")[0]):
         raise ServeError(f"{target}: a token in plain text could be read on its way; give tls")
     return [("authorization", f"Bearer {token}")]

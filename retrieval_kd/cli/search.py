@@ -32,11 +32,11 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Ask a running server and print the ranking; a token is taken from the variable RKD_TOKEN."""
+    # grpc's core logs what is wrong with an address in lines of its own, before we say it in one.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Without an authority the connection is plain text, which shows no certificate and hides no token.
     if ca is None and (cert or key):
         raise ServeError("--cert and --key are for an encrypted connection; give --ca, the server's authority, too")
-    if (cert is None) != (key is None):
-        raise ServeError("--cert and --key belong together; give both")
     from serve.client import Options, RetrievalClient, Tls
 
     try:

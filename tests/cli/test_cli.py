@@ -297,6 +297,20 @@ def test_search_a_served_index_and_a_dead_port(rkd: Rkd, exported: Path) -> None
     assert "127.0.0.1:1" in rkd.fails("search", "127.0.0.1:1", "w1")
 
 
+@pytest.mark.parametrize(
+    ("target", "token", "message"), [("", "", "give HOST:PORT"), ("127.0.0.1:1", "é", "not printable ASCII")]
+)
+def test_a_search_that_cannot_begin_is_one_line_from_the_process_too(target: str, token: str, message: str) -> None:
+    """Without it grpc's core would write lines of its own, with source files and addresses, before ours."""
+    verb = [sys.executable, "-m", "retrieval_kd.cli.main", "search", target, "w1"]
+    environment = {**os.environ, **({"RKD_TOKEN": token} if token else {})}
+    environment.pop("GRPC_VERBOSITY", None)
+    done = subprocess.run(verb, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_an_interruption_is_one_line_that_says_how_to_go_on() -> None:
     """Without it Ctrl-C would end hours of work in silence, and nobody would know that they are kept."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

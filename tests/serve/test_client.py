@@ -195,6 +195,13 @@ def test_nothing_listening_is_said_plainly() -> None:
             client.wait_until_ready(0.3)
 
 
+@pytest.mark.parametrize("target", ["", "127.0.0.1:1\n", "\udcff:1"])
+def test_what_is_no_address_is_said_before_anything_is_sent(target: str) -> None:
+    """Without it an empty variable in place of an address is reported as a failure inside gRPC, or by a traceback."""
+    with pytest.raises(ServeError, match=r"is no server's address; give HOST:PORT"):
+        RetrievalClient(target)
+
+
 def test_a_slow_server_is_an_expired_deadline(client: RetrievalClient, encoder: FakeEncoder, server: Running) -> None:
     """A hang without a message is the worst report a user can make."""
     encoder.gate.clear()
