@@ -18,6 +18,7 @@ one before it removes a version, so no version disappears under a reader that is
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -84,7 +85,8 @@ class IndexStore:
     def versions(self) -> list[Path]:
         """Return the folders of all published versions, oldest first; what has another name is somebody else's."""
         folder = self._path / VERSIONS
-        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.is_dir() else []
+        found = folder.iterdir() if folder.is_dir() else ()
+        return sorted(path for path in found if _NAME.fullmatch(path.name) and path.is_dir())
 
     def publish(
         self,
@@ -194,11 +196,14 @@ class IndexStore:
 
     def _remove(self, version: Path) -> bool:
         """Remove a version unless somebody reads it."""
-        with (version / MANIFEST).open("rb") as lock:
+        with contextlib.ExitStack() as stack:
             try:
+                lock = stack.enter_context((version / MANIFEST).open("rb"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
+            except FileNotFoundError:
+                pass  # a damaged version, which nobody can open
             # Under a hidden name it is no version any more, wherever the removal is stopped.
             doomed = version.with_name(f"{_DOOMED}{version.name}")
             version.rename(doomed)
