@@ -233,6 +233,19 @@ def test_index_build_verify_inspect(rkd: Rkd, tmp_path: Path, collection: Path, 
     assert "vectors.npy" in rkd.fails("index", "verify", store)
 
 
+def test_tuning_what_is_not_there_leaves_nothing(rkd: Rkd, tmp_path: Path, collection: Path, exported: Path) -> None:
+    """Without it a mistyped store would come into being, and an empty file be taken for an empty collection."""
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    tune = ("index", "tune", "--query-encoder", exported / "a", "--queries")
+    assert "no index is published here" in rkd.fails(*tune, "dev", "--collection", collection, tmp_path / "typo")
+    assert f"--queries: {empty} has no queries" in rkd.fails(*tune, empty, exported / "store")
+    build = ("index", "build", tmp_path / "new", "--collection", collection, "--encoder", exported / "a")
+    assert f"--queries: {empty} has no queries" in rkd.fails(*build, "--queries", empty)
+    assert list(tmp_path.iterdir()) == [empty]
+    assert not (exported / "store" / "queries").exists()
+
+
 def test_serve_refuses_strangers_and_taken_ports(rkd: Rkd, exported: Path, tmp_path: Path) -> None:
     """Without it a server would answer from the wrong space, or wait on a port nobody can reach."""
     store = exported / "store"
