@@ -18,6 +18,7 @@ one before it removes a version, so no version disappears under a reader that is
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -49,7 +50,8 @@ VERSIONS = "versions"
 KEPT_VERSIONS = 3
 _UNFINISHED = ".tmp-"
 _DOOMED = ".old-"
-_POINTER = re.compile(r"(\d{10}-[0-9a-f]{8}) ([0-9a-f]{64})\n")
+_NAME = re.compile(r"[0-9]{10}-[0-9a-f]{8}")
+_POINTER = re.compile(rf"({_NAME.pattern}) ([0-9a-f]{{64}})\n")
 _READ_ONLY = 0o444
 
 
@@ -81,9 +83,10 @@ class IndexStore:
         return version
 
     def versions(self) -> list[Path]:
-        """Return the folders of all published versions, oldest first."""
+        """Return the folders of all published versions, oldest first; what has another name is somebody else's."""
         folder = self._path / VERSIONS
-        return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+        found = folder.iterdir() if folder.is_dir() else ()
+        return sorted(path for path in found if _NAME.fullmatch(path.name) and path.is_dir())
 
     def publish(
         self,
@@ -193,11 +196,14 @@ class IndexStore:
 
     def _remove(self, version: Path) -> bool:
         """Remove a version unless somebody reads it."""
-        with (version / MANIFEST).open("rb") as lock:
+        with contextlib.ExitStack() as stack:
             try:
+                lock = stack.enter_context((version / MANIFEST).open("rb"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
+            except FileNotFoundError:
+                pass  # a damaged version, which nobody can open
             # Under a hidden name it is no version any more, wherever the removal is stopped.
             doomed = version.with_name(f"{_DOOMED}{version.name}")
             version.rename(doomed)

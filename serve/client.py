@@ -76,6 +76,8 @@ class _Connection:
     """What both clients know about their server."""
 
     def __init__(self, target: str, timeout: float, tls: Tls | None, token: str | None, retries: int) -> None:
+        if not target or not target.isprintable():
+            raise ServeError(f"{target!r} is no server's address; give HOST:PORT")
         self.target = target
         self.timeout = timeout
         self.retries = retries

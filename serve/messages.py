@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from retrieval_kd.errors import ServeError
 from serve.fields import fields_of_hit, fields_to_message
 from serve.filters import filter_to_message
 from serve.limits import Limits
+from serve.texts import sendable
 from serve.tls import is_loopback
 from serve.vectors import from_message, to_message
 
@@ -194,30 +196,52 @@ class Tls:
         """Read the files.
 
         Raises:
-            ServeError: one cannot be read.
+            ServeError: one cannot be read or is not PEM, or the key is not the certificate's.
         """
+        if (self.certificate is None) != (self.key is None):
+            raise ServeError("a client's certificate and its key belong together; give both")
         try:
             ca, key, certificate = (
                 None if path is None else path.read_bytes() for path in (self.ca, self.key, self.certificate)
             )
         except OSError as error:
             raise ServeError(f"{error.filename}: cannot be read ({error.strerror}); give a PEM file") from None
+        self._require_pem()
         return grpc.ssl_channel_credentials(ca, key, certificate)
+
+    def _require_pem(self) -> None:
+        """Check the files: gRPC itself takes what is no PEM in silence and then fails every connection."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        wrong = f"{self.ca}: not the certificate of an authority"
+        try:
+            if self.ca is not None:
+                context.load_verify_locations(self.ca)
+            if self.certificate is not None:
+                wrong = f"{self.certificate}, {self.key}: not a certificate and its key"
+                # An empty password, for one would be asked for on the terminal, and gRPC reads no encrypted key.
+                context.load_cert_chain(self.certificate, self.key, password="")
+        except (OSError, ValueError) as error:
+            raise ServeError(f"{wrong} ({error}); give them as PEM") from None
 
 
 def token_metadata(target: str, token: str | None, tls: Tls | None) -> list[tuple[str, str]]:
     """Return what a call carries to prove itself.
 
     Raises:
-        ServeError: the token would travel in plain text to another machine.
+        ServeError: the token would travel in plain text to another machine, or no header can carry it.
     """
     if token is None:
         return []
+    if not (token.isascii() and token.isprintable()):
+        raise ServeError(
+            f"{target}: the token is not printable ASCII, which alone a header carries; give the right one"
+        )
     if tls is None and not is_loopback(target.rpartition(":")[0]):
         raise ServeError(f"{target}: a token in plain text could be read on its way; give tls")
     return [("authorization", f"Bearer {token}")]
 
 
+@sendable("search")
 def search_request(
     text: str | None, vector: npt.ArrayLike | None, top_k: int, options: Options | None
 ) -> pb.SearchRequest:
@@ -234,6 +258,7 @@ def search_request(
     return request
 
 
+@sendable("search_sets")
 def sets_request(
     like: Sequence[Sequence[str]], unlike: Sequence[Sequence[str]], top_k: int, options: Options | None
 ) -> pb.SearchRequest:
@@ -249,6 +274,7 @@ def sets_request(
     return request
 
 
+@sendable("batch_search")
 def batch_requests(
     texts: Sequence[str] | None, vectors: npt.ArrayLike | None, top_k: int, options: Options | None
 ) -> list[pb.BatchSearchRequest]:
@@ -273,6 +299,7 @@ def _batch_size(options: Options | None) -> int:
     return min(limits.max_batch_queries, max(1, limits.max_rerank_pairs // max(1, depth)))
 
 
+@sendable("embed")
 def embed_request(name: str, texts: Sequence[str], documents: bool) -> pb.EmbedRequest:
     """Return the request for the vectors of texts."""
     return pb.EmbedRequest(
@@ -282,6 +309,7 @@ def embed_request(name: str, texts: Sequence[str], documents: bool) -> pb.EmbedR
     )
 
 
+@sendable("rerank")
 def rerank_request(query: str, documents: Mapping[str, str] | Sequence[str], top_k: int) -> pb.RerankRequest:
     """Return the request to order texts by id, or ids whose texts the index stores."""
     texts = documents if isinstance(documents, Mapping) else dict.fromkeys(checked_texts("rerank", documents), "")
@@ -292,6 +320,7 @@ def rerank_request(query: str, documents: Mapping[str, str] | Sequence[str], top
     )
 
 
+@sendable("upsert")
 def upsert_request(documents: Sequence[Document]) -> pb.UpsertDocumentsRequest:
     """Return the request to add or replace documents.
 
@@ -310,11 +339,13 @@ def upsert_request(documents: Sequence[Document]) -> pb.UpsertDocumentsRequest:
     return request
 
 
+@sendable("publish")
 def publish_request(index_version: str) -> pb.PublishIndexRequest:
     """Return the request to serve a version, the store's current one when empty."""
     return pb.PublishIndexRequest(index_version=index_version)
 
 
+@sendable("delete")
 def delete_request(doc_ids: Sequence[str]) -> pb.DeleteDocumentsRequest:
     """Return the request to remove documents."""
     return pb.DeleteDocumentsRequest(doc_ids=checked_texts("delete", doc_ids))
@@ -434,10 +465,14 @@ def tagged_embeds(texts: Sequence[str], documents: bool) -> Iterator[pb.StreamEm
     """Return the requests of a stream of encodings, numbered.
 
     Raises:
-        ServeError: there are no texts, so that nobody could say how wide their vectors are; or one bare text.
+        ServeError: there are no texts, so that nobody could say how wide their vectors are; one bare text; or a text
+            that is not valid Unicode.
     """
     if len(checked_texts("embed_stream", texts)) == 0:
         raise ServeError("embed_stream: texts has 0 entries; give at least 1")
+    with sendable("embed_stream"):
+        for text in texts:
+            text.encode()
     return (
         pb.StreamEmbedRequest(tag=tag, embed=embed_request("embed_stream", some, documents))
         for tag, some in enumerate(chunks(texts, EMBED_TEXTS))

@@ -75,13 +75,7 @@ async def check(config: ServeConfig) -> dict[str, Any]:
         RkdError: what would keep the server from serving.
     """
     config.require_safe_addresses()
-    for option, host, port in (
-        ("--port", config.host, config.port),
-        ("--admin-port", LOOPBACK, config.admin_port),
-        ("--metrics-port", config.metrics_host, config.metrics_port),
-    ):
-        if port is not None:
-            _require_free(option, host, port)
+    _require_free_ports(config)
     if config.tls is not None:
         server_credentials(config.tls)
     if config.tokens is not None:
@@ -219,18 +213,33 @@ def _bind(server: grpc.aio.Server, config: ServeConfig, host: str, port: int) ->
         ) from None
 
 
-def _require_free(option: str, host: str, port: int) -> None:
-    """Refuse a port that another process has; 0 is whatever the system gives."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        # One that was closed a moment ago is free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), port))
-        except OSError as error:
-            raise ServeError(
-                f"{option}: cannot listen on {host}:{port} ({error.strerror}); give another port, or 0 to check beside "
-                "a running server"
-            ) from None
+def _require_free_ports(config: ServeConfig) -> None:
+    """Refuse a port that another process or another option has; 0 is whatever the system gives."""
+    ours: dict[int, str] = {}
+    with contextlib.ExitStack() as stack:
+        for option, host, port in (
+            ("--port", config.host, config.port),
+            ("--admin-port", LOOPBACK, config.admin_port),
+            ("--metrics-port", config.metrics_host, config.metrics_port),
+        ):
+            if port is None:
+                continue
+            probe = stack.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            # One that was closed a moment ago is free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), port))
+                # Until it listens, the next socket with SO_REUSEADDR may have the port too.
+                probe.listen()
+            except OSError as error:
+                if port in ours:
+                    raise ServeError(f"{option}: {port} is {ours[port]}'s already; give another port") from None
+                raise ServeError(
+                    f"{option}: cannot listen on {host}:{port} ({error.strerror}); give another port, or 0 to check "
+                    "beside a running server"
+                ) from None
+            if port:
+                ours[port] = option
 
 
 async def _announce(ports: Sequence[_Port], status: health_pb2.HealthCheckResponse.ServingStatus) -> None:

@@ -35,6 +35,8 @@ _LONGEST_PAUSE = 30.0
 _HEALTHY_SECONDS = 60.0
 _TICK = 0.2
 _KILL_GRACE = 5.0
+_READY = b"\0"  # in no error's text
+_PIPE_BYTES = 65536
 _PR_SET_PDEATHSIG = 1
 
 
@@ -47,6 +49,7 @@ class _Worker:
         process: The process; its standard input is the pipe that closes with the supervisor.
         started: When the process was started, ``time.monotonic``.
         ready: Whether it has answered that it serves.
+        words: What else it has said on its standard output: why it cannot serve.
         pause: Seconds to wait before it is started again.
         start_at: When to start it again; None while it runs.
     """
@@ -55,6 +58,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     started: float
     ready: bool = False
+    words: bytes = b""
     pause: float = _FIRST_PAUSE
     start_at: float | None = None
 
@@ -99,17 +103,23 @@ class _Supervisor:
                 self._died(worker)
             elif time.monotonic() >= worker.start_at:
                 worker.process, worker.started, worker.start_at = self._spawn(), time.monotonic(), None
-                worker.ready = False
+                worker.ready, worker.words = False, b""
 
     def _died(self, worker: _Worker) -> None:
         code = worker.process.returncode
+        assert worker.process.stdout is not None
+        words = (worker.words + worker.process.stdout.read()).decode(errors="replace")
         _close_pipes(worker.process)
         if not worker.ready and not any(other.ready for other in self.workers):
+            # What keeps one from serving keeps the others: said here, it is said once.
+            if words:
+                raise ServeError(words)
             raise ServeError(f"worker {worker.number} ended with {code} before it served; its own message is above")
         if time.monotonic() - worker.started > _HEALTHY_SECONDS:
             worker.pause = _FIRST_PAUSE
-        _log.error("worker %d (pid %d) ended with %d; starting it again in %.1f s",
-                   worker.number, worker.process.pid, code, worker.pause)  # fmt: skip
+        why = f" ({words})" if words else ""
+        _log.error("worker %d (pid %d) ended with %d%s; starting it again in %.1f s",
+                   worker.number, worker.process.pid, code, why, worker.pause)  # fmt: skip
         worker.start_at = time.monotonic() + worker.pause
         worker.pause = min(2 * worker.pause, _LONGEST_PAUSE)
         _forget_metrics(self.environment, worker.process.pid)
@@ -123,10 +133,11 @@ class _Supervisor:
                 time.sleep(_TICK)
                 return
             for key, _ in selector.select(_TICK):
-                if os.read(key.fd, 1):
-                    key.data.ready = True
-                else:
-                    # It closed its output by dying; poll() sees that in a moment.
+                said = os.read(key.fd, _PIPE_BYTES)
+                key.data.ready = _READY in said
+                key.data.words += said.replace(_READY, b"")
+                if not key.data.ready:
+                    # It said why it ends, or closed its output by dying; poll() sees that in a moment.
                     time.sleep(0.01)
 
     def stop(self) -> None:
@@ -247,12 +258,12 @@ def main() -> None:
     from serve.server import run_server
 
     def ready(port: int) -> None:
-        os.write(sys.stdout.fileno(), b"+")
+        os.write(sys.stdout.fileno(), _READY)
 
     try:
         run_server(config, ready)
     except RkdError as error:
-        sys.stderr.write(f"error: {error}\n")
+        os.write(sys.stdout.fileno(), str(error).encode(errors="backslashreplace")[:_PIPE_BYTES])
         raise SystemExit(1) from None
 
 

@@ -97,11 +97,14 @@ def tune(
 ) -> None:
     """Set the current version's search effort to the least that finds enough, and publish that as a new version."""
     from index.build import retune
+    from index.store import IndexStore
     from index.verify import inspect as inspect_store
     from retrieval_kd.collections import open_collection
     from retrieval_kd.encoders.onnx import OnnxEncoder
     from retrieval_kd.recipes.schema import CollectionSpec
 
+    # Again in retune; here nothing is written yet.
+    IndexStore(store).current()
     corpus = None if collection is None else open_collection(CollectionSpec(collection))
     held_out = _encoded(queries, corpus, OnnxEncoder.load(query_encoder), store)
     version = retune(store, held_out, target_recall)
@@ -119,6 +122,8 @@ def _encoded(queries: str, collection: Collection | None, encoder: OnnxEncoder, 
 
     if Path(queries).is_file():
         texts = {f"{number:08d}": line.text for number, line in enumerate(read_lines(Path(queries)), start=1)}
+        if not texts:
+            raise DataError(f"--queries: {queries} has no queries; write one a line")
     elif collection is not None:
         texts = split_queries(collection, queries)
     else:

@@ -6,16 +6,30 @@ import errno
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from retrieval_kd import __version__
 from retrieval_kd.cli import demo, evaluate, index, recipes, run, score, search, serve, stages
 from retrieval_kd.errors import RkdError
 
+
+class _Verbs(TyperGroup):
+    """The verbs; an interruption is said here, for above this typer makes a silent exit of it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; run the same command to go on", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="rkd",
+    cls=_Verbs,
     help="Turn a slow, accurate ranker into a fast search service: distil, export, index, serve, measure.",
     no_args_is_help=True,
     add_completion=False,
@@ -55,7 +69,7 @@ app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:
-    """Run the command line: 0 done, 1 failed with one line that says why, 2 wrong usage."""
+    """Run the command line: 0 done, 1 failed with one line that says why, 2 wrong usage, 130 interrupted."""
     try:
         app()
     except RkdError as error:
@@ -66,9 +80,6 @@ def main() -> None:
         _fail(error, f"{error.filename or 'system'}: {error.strerror or error}")
     except ModuleNotFoundError as error:
         _fail(error, f"{error.name} is not installed; pip install 'retrieval-kd[cpu,train,eval]'")
-    except KeyboardInterrupt:
-        typer.echo("interrupted; run the same command to go on", err=True)
-        sys.exit(130)
 
 
 def _fail(error: Exception, message: str) -> None:

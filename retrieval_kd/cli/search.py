@@ -32,12 +32,19 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Ask a running server and print the ranking; a token is taken from the variable RKD_TOKEN."""
+    # grpc's core logs what is wrong with an address in lines of its own, before we say it in one.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # Without an authority the connection is plain text, which shows no certificate and hides no token.
+    if ca is None and (cert or key):
+        raise ServeError("--cert and --key are for an encrypted connection; give --ca, the server's authority, too")
     from serve.client import Options, RetrievalClient, Tls
 
     try:
         wanted = None if filter_json is None else json.loads(filter_json)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # an integer of more digits than Python reads, too
         raise ServeError(f"--filter: not JSON ({error})") from None
+    except RecursionError:
+        raise ServeError("--filter: too many levels deep; flatten it") from None
     options = Options(filter=wanted, fields=field or (), exact=exact, rerank_depth=rerank)
     tls = None if ca is None else Tls(ca, cert, key)
     with RetrievalClient(target, tls=tls, token=os.environ.get(_TOKEN)) as client:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -239,6 +241,19 @@ def test_index_build_verify_inspect(rkd: Rkd, tmp_path: Path, collection: Path, 
     assert "vectors.npy" in rkd.fails("index", "verify", store)
 
 
+def test_tuning_what_is_not_there_leaves_nothing(rkd: Rkd, tmp_path: Path, collection: Path, exported: Path) -> None:
+    """Without it a mistyped store would come into being, and an empty file be taken for an empty collection."""
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    tune = ("index", "tune", "--query-encoder", exported / "a", "--queries")
+    assert "no index is published here" in rkd.fails(*tune, "dev", "--collection", collection, tmp_path / "typo")
+    assert f"--queries: {empty} has no queries" in rkd.fails(*tune, empty, exported / "store")
+    build = ("index", "build", tmp_path / "new", "--collection", collection, "--encoder", exported / "a")
+    assert f"--queries: {empty} has no queries" in rkd.fails(*build, "--queries", empty)
+    assert list(tmp_path.iterdir()) == [empty]
+    assert not (exported / "store" / "queries").exists()
+
+
 def test_serve_refuses_strangers_and_taken_ports(rkd: Rkd, exported: Path, tmp_path: Path) -> None:
     """Without it a server would answer from the wrong space, or wait on a port nobody can reach."""
     store = exported / "store"
@@ -292,7 +307,54 @@ def test_search_a_served_index_and_a_dead_port(rkd: Rkd, exported: Path) -> None
         assert [hit["rank"] for hit in hits] == [1, 2, 3]
         assert "top_k" in rkd.fails("search", target, "w1", "-k", "0")
         assert "text" in rkd.fails("search", target, "  ")
+        assert "not valid Unicode" in rkd.fails("search", target, os.fsdecode(b"w1 \xff"))
+        for wanted, message in (
+            ('{"not": ' * 300 + '{"eq": {"a": 1}}' + "}" * 300, "levels deep; flatten it"),
+            ('{"not": ' * 100_000 + '{"eq": {"a": 1}}' + "}" * 100_000, "levels deep; flatten it"),
+            (f'{{"eq": {{"a": {"1" * 5000}}}}}', "--filter: not JSON"),
+            ('{"eq": {"a": "\\ud800"}}', "not valid Unicode"),
+        ):
+            assert message in rkd.fails("search", target, "w1", "--filter", wanted)
     assert "127.0.0.1:1" in rkd.fails("search", "127.0.0.1:1", "w1")
+
+
+@pytest.mark.parametrize(
+    ("target", "token", "message"), [("", "", "give HOST:PORT"), ("127.0.0.1:1", "é", "not printable ASCII")]
+)
+def test_a_search_that_cannot_begin_is_one_line_from_the_process_too(target: str, token: str, message: str) -> None:
+    """Without it grpc's core would write lines of its own, with source files and addresses, before ours."""
+    verb = [sys.executable, "-m", "retrieval_kd.cli.main", "search", target, "w1"]
+    environment = {**os.environ, **({"RKD_TOKEN": token} if token else {})}
+    environment.pop("GRPC_VERBOSITY", None)
+    done = subprocess.run(verb, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_interruption_is_one_line_that_says_how_to_go_on() -> None:
+    """Without it Ctrl-C would end hours of work in silence, and nobody would know that they are kept."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        verb = [sys.executable, "-m", "retrieval_kd.cli.main", "search", f"127.0.0.1:{silent.getsockname()[1]}", "w1"]
+        with subprocess.Popen(verb, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            waiting.send_signal(signal.SIGINT)
+            out, err = waiting.communicate(timeout=60)
+            connection.close()
+    assert (waiting.returncode, out, err) == (130, "", "interrupted; run the same command to go on\n")
+
+
+@pytest.mark.parametrize("option", ["--cert", "--key"])
+def test_a_client_certificate_never_goes_with_plain_text(rkd: Rkd, exported: Path, option: str) -> None:
+    """Without it whoever proves himself by a certificate would send query and token in plain text, and be told rc 0."""
+    from retrieval_kd.cli.pipeline import serving
+
+    with serving(exported / "store", exported / "a") as target:
+        assert "give --ca" in rkd.fails("search", target, "w1", option, exported / "own.pem")
+        assert "give both" in rkd.fails(
+            "search", target, "w1", "--ca", exported / "ca.pem", option, exported / "own.pem"
+        )
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, collection: Path, exported: Path) -> None:

@@ -138,13 +138,32 @@ def test_damaged_version_is_built_again_beside_it(tmp_path: Path) -> None:
     assert Searcher.open(tmp_path).count == 30
 
 
-def test_damaged_old_version_is_reported(tmp_path: Path) -> None:
-    """The version one would go back to must be known good before it is needed."""
+@pytest.mark.parametrize("name", ["vectors.npy", "manifest.json"])
+def test_damaged_old_version_is_reported_and_can_be_removed(tmp_path: Path, name: str) -> None:
+    """The version one would go back to must be known good; a build, which leaves it alone, would not mend it."""
     first = build_index(OLD, EXACT, tmp_path)
-    build_index(NEW, EXACT, tmp_path)
+    second = build_index(NEW, EXACT, tmp_path)
     assert len(verify(tmp_path)) == 2
+    (first / name).unlink()
+    with pytest.raises(ArtifactError, match=rf"{first.name}.*{name}.*; 1 of 2 versions .* whole; .* --keep 1 removes"):
+        verify(tmp_path)
+    assert IndexStore(tmp_path).collect(1) == [first.name]
+    assert verify(tmp_path) == [second.name]
+
+
+def test_verify_says_how_to_get_rid_of_each_damage(tmp_path: Path) -> None:
+    """Without it the only advice would be to build, where going back or removing is all that helps."""
+    first, second = build_index(OLD, EXACT, tmp_path), build_index(NEW, EXACT, tmp_path)
+    (second / "vectors.npy").unlink()
+    publish = f"1 of 2 versions .* current .* build the index again, or go back: rkd index publish .* {first.name}"
+    with pytest.raises(ArtifactError, match=publish):
+        verify(tmp_path)
+    IndexStore(tmp_path).publish_existing(first.name)
+    with pytest.raises(ArtifactError, match=f"the current one is whole; remove the folder {second}"):
+        verify(tmp_path)
     (first / "vectors.npy").unlink()
-    with pytest.raises(ArtifactError, match=f"{first.name}/vectors.npy: missing"):
+    both = f"{first.name}/vectors.npy: missing.* and .*{second.name}/vectors.npy: missing.*; 2 of 2 .* again$"
+    with pytest.raises(ArtifactError, match=both):
         verify(tmp_path)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -18,6 +19,7 @@ from index.probes import Probes
 from index.search import Searcher
 from index.store import IndexStore, hold
 from index.updates import writing
+from index.verify import verify
 from retrieval_kd.errors import ArtifactError
 from retrieval_kd.recipes.schema import IndexSpec
 
@@ -38,6 +40,24 @@ def test_rollback_goes_one_version_back_and_publish_to_any(tmp_path: Path) -> No
     assert store.publish_existing(third.name) == third == store.current()
     with Searcher.open(tmp_path) as searcher:
         assert searcher.version == third.name
+
+
+def test_what_is_no_version_is_left_alone(tmp_path: Path) -> None:
+    """A copy or a note beside the versions would stop every build, be counted by gc and be offered to rollback."""
+    store, (first, second) = store_of(tmp_path, 2)
+    copy = tmp_path / "versions" / f"{first.name}.bak"
+    shutil.copytree(first, copy)
+    for name in ("backup", "copy-of", "0000000009-nothex00"):
+        (tmp_path / "versions" / name).mkdir()
+    (tmp_path / "versions" / "0-notes.txt").write_text("mine\n")
+    third = build_index(CORPORA[2], IndexSpec(), tmp_path)
+    assert third.name.startswith("0000000003-")
+    assert verify(tmp_path) == [first.name, second.name, third.name]
+    assert store.rollback() == second
+    with pytest.raises(ArtifactError, match="no version 'backup'"):
+        store.publish_existing("backup")
+    assert store.collect(1) == [first.name]
+    assert {path.name for path in (tmp_path / "versions").iterdir()} > {copy.name, "backup", "0-notes.txt"}
 
 
 @pytest.mark.parametrize("name", ["0000000009-00000000", "", "..", "../..", ".tmp-x"])

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from serve_fakes import CARD, DIMENSION, FakeEncoder, FakeSearcher, FakeSource, 
 
 from retrieval_kd.errors import ServeError
 from serve import client as client_module
-from serve.client import AsyncRetrievalClient, RetrievalClient, SearchResult
+from serve.client import AsyncRetrievalClient, Options, RetrievalClient, SearchResult
 from serve.config import ServeConfig
 from serve.engine import Engine
 from serve.limits import Limits
+from serve.messages import search_request
 from serve.server import serve
 
 
@@ -118,6 +120,14 @@ def test_a_text_of_a_stream_that_cannot_be_encoded_is_named(client: RetrievalCli
         asyncio.run(asynchronous())
 
 
+def negated(levels: int) -> dict[str, Any]:
+    """Return a filter that many levels above its comparison."""
+    wanted: dict[str, Any] = {"eq": {"number": 1}}
+    for _ in range(levels):
+        wanted = {"not": wanted}
+    return wanted
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -138,6 +148,21 @@ def test_a_text_of_a_stream_that_cannot_be_encoded_is_named(client: RetrievalCli
         (lambda c: list(c.search_stream(["a"], top_k=-1)), "top_k: is -1; give 1 or more"),
         (lambda c: c.embed([""]), r"texts\[0\]: is blank"),
         (lambda c: c.embed(["a" * 20_000] * 900), "larger than max"),
+        (lambda c: c.search("a\ud800"), r"search: 'a\\ud800' is not valid Unicode"),
+        (lambda c: c.search_sets([["\udcff"]]), r"search_sets: '\\udcff' is not valid Unicode"),
+        (lambda c: c.batch_search(["a", "\udcff"]), r"batch_search: '\\udcff' is not valid Unicode"),
+        (lambda c: c.search("a", options=Options(fields=["\udcff"])), r"search: '\\udcff' is not valid Unicode"),
+        (lambda c: c.embed_stream(["a", "\udcff"]), r"embed_stream: '\\udcff' is not valid Unicode"),
+        (lambda c: c.rerank("a", {"d": "\udcff"}), r"rerank: '\\udcff' is not valid Unicode"),
+        (lambda c: c.delete(["\udcff"]), r"delete: '\\udcff' is not valid Unicode"),
+        (lambda c: c.search("a", options=Options({"eq": {"a": "\ud800"}})), r"filter: '\\ud800' is not valid Unicode"),
+        (lambda c: c.search("a", options=Options({"eq": {"\ud800": 1}})), r"filter: '\\ud800' is not valid Unicode"),
+        (lambda c: c.search("a", options=Options({"eq": {"a": 10**5000}})), "filter: an integer is beyond all numbers"),
+        (lambda c: c.search("a", options=Options({"eq": {"a": {"b": 10**5000}}})), "filter: .* is neither text"),
+        (lambda c: c.search("a", options=Options({"and": 3})), "filter: {'and': 3} is none of eq, in"),
+        (lambda c: c.search("a", options=Options(negated(32))), "filter: more than 32 levels deep; flatten it"),
+        (lambda c: c.search("a", options=Options(negated(3000))), "filter: more than 32 levels deep; flatten it"),
+        (lambda c: c.search("a", options=Options({"eq": negated(3000)})), "filter: .* is neither text"),
     ],
 )
 def test_a_wrong_call_is_one_line_that_says_what_to_do(
@@ -150,6 +175,16 @@ def test_a_wrong_call_is_one_line_that_says_what_to_do(
     assert len(client.search("still fine").hits) == 10
 
 
+@pytest.mark.parametrize("key", ["and", "not"])
+def test_a_filter_as_deep_as_servers_take_is_sent(key: str) -> None:
+    """Without it the bound against endless nesting could refuse what a server answers, or pass what cannot be read."""
+    wanted: dict[str, Any] = {"eq": {"number": 1}}
+    for _ in range(Limits().max_filter_depth - 1):
+        wanted = {key: [wanted] if key == "and" else wanted}
+    sent = search_request("a", None, 10, Options(wanted))
+    assert type(sent).FromString(sent.SerializeToString()) == sent
+
+
 def test_nothing_listening_is_said_plainly() -> None:
     """Most first calls fail because the server is not up."""
     target = f"127.0.0.1:{free_port()}"
@@ -158,6 +193,13 @@ def test_nothing_listening_is_said_plainly() -> None:
             client.search("a")
         with pytest.raises(ServeError, match=f"{target}: no health answer .* waited 0.3 s"):
             client.wait_until_ready(0.3)
+
+
+@pytest.mark.parametrize("target", ["", "127.0.0.1:1\n", "\udcff:1"])
+def test_what_is_no_address_is_said_before_anything_is_sent(target: str) -> None:
+    """Without it an empty variable in place of an address is reported as a failure inside gRPC, or by a traceback."""
+    with pytest.raises(ServeError, match=r"is no server's address; give HOST:PORT"):
+        RetrievalClient(target)
 
 
 def test_a_slow_server_is_an_expired_deadline(client: RetrievalClient, encoder: FakeEncoder, server: Running) -> None:

@@ -174,6 +174,14 @@ def test_a_token_never_travels_in_plain_text_to_another_machine() -> None:
         RetrievalClient("search.example.org:443", token=READ)
 
 
+@pytest.mark.parametrize("token", ["é" * 16, f"{READ}\n", "\udcff" * 16])
+def test_a_token_that_no_header_carries_is_refused_and_not_shown(token: str) -> None:
+    """Without it a token read with its line break is an internal error of gRPC, at the first call."""
+    with pytest.raises(ServeError, match="the token is not printable ASCII") as refused:
+        RetrievalClient("127.0.0.1:1", token=token)
+    assert token.strip() not in str(refused.value)
+
+
 class Certificates:
     """An authority and what it has issued, as files."""
 
@@ -240,6 +248,26 @@ def test_clients_without_a_certificate_of_ours_are_refused(start: Start, certifi
         assert len(client.search("a").hits) == 10
     fails(RetrievalClient(running.target, timeout=1, tls=certificates.tls))
     fails(RetrievalClient(running.target, timeout=1, tls=certificates.client("stranger", trustme.CA())))
+
+
+def test_client_files_that_are_no_pem_are_named_before_connecting(certificates: Certificates, tmp_path: Path) -> None:
+    """Without it a wrong file is reported as a server that does not answer, and somebody restarts the server."""
+    good, other = certificates.client(), certificates.client("other")
+    for content in ("", "no PEM"):
+        (tmp_path / "wrong.pem").write_text(content)
+        wrong = tmp_path / "wrong.pem"
+        for tls, named in (
+            (Tls(wrong), "wrong.pem: not the certificate of an authority"),
+            (Tls(good.ca, wrong, good.key), "wrong.pem, .*client.key: not a certificate and its key"),
+            (Tls(good.ca, good.certificate, wrong), "client.pem, .*wrong.pem: not a certificate and its key"),
+        ):
+            with pytest.raises(ServeError, match=named) as refused:
+                RetrievalClient("127.0.0.1:1", tls=tls)
+            assert "\n" not in str(refused.value)
+    with pytest.raises(ServeError, match=r"client\.pem, .*other\.key: not a certificate and its key"):
+        RetrievalClient("127.0.0.1:1", tls=Tls(good.ca, good.certificate, other.key))
+    with pytest.raises(ServeError, match="belong together; give both"):
+        RetrievalClient("127.0.0.1:1", tls=Tls(good.ca, good.certificate))
 
 
 def test_a_rotated_certificate_is_taken_without_a_restart_and_an_expired_one_is_refused(

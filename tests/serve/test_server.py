@@ -388,6 +388,26 @@ def test_a_check_finds_a_taken_port_before_the_start_does(tmp_path: Path, option
         asyncio.run(check(taken))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("port", "admin_port"), "--admin-port: {} is --port's already"),
+        (("port", "metrics_port"), "--metrics-port: {} is --port's already"),
+        (("admin_port", "metrics_port"), "--metrics-port: {} is --admin-port's already"),
+    ],
+)
+def test_a_check_finds_a_port_given_twice(tmp_path: Path, given: tuple[str, str], message: str) -> None:
+    """Without it each port is free by itself, the check passes, and the server then dies of its own port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = ServeConfig(tmp_path, tmp_path, port=0, metrics_port=0)
+    with pytest.raises(ServeError, match=message.format(port)):
+        asyncio.run(check(replace(config, **dict.fromkeys(given, port))))
+    with pytest.raises(ArtifactError):  # 0 may come twice, and the store is the next thing wrong
+        asyncio.run(check(replace(config, admin_port=port)))
+
+
 def test_reflection_lists_the_services_and_finds_their_file(channel: grpc.Channel) -> None:
     """Without reflection grpcurl needs the .proto at hand, which nobody has during an incident."""
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)

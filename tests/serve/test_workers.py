@@ -174,10 +174,13 @@ def test_a_killed_parent_leaves_no_orphan_and_the_port_free(start: StartWorkers)
 @pytest.mark.slow
 def test_a_server_that_cannot_begin_says_why_and_leaves_nothing(start: StartWorkers, tmp_path: Path) -> None:
     """Without it a wrong path would have the supervisor start dying workers for ever."""
-    with pytest.raises(
-        AssertionError, match=r"(?s)nowhere: no manifest.json.*worker [01] ended with 1 before it served"
-    ):
+    with pytest.raises(AssertionError) as said:
         start("--workers", 2, "--reranker", tmp_path / "nowhere")
+    # Once, whatever the number of workers.
+    (line,) = (line for line in str(said.value).splitlines() if "nowhere" in line)
+    assert "error: " in line
+    assert "nowhere: no manifest.json" in line
+    assert "ended with" not in str(said.value)
 
 
 def test_workers_refuse_an_admin_port_that_another_servers_workers_share(tmp_path: Path) -> None:
