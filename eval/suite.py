@@ -84,7 +84,12 @@ def expand(path: str) -> list[Set]:
     folder = Path(path)
     if path.startswith(PREFIX):
         return _expand_irds(path)
-    if not folder.is_dir() or any((folder / name).is_file() for name in (beir.CORPUS, *msmarco.CORPORA)):
+    # An empty path, as of an unset variable, is not the current folder: opening it says so.
+    if (
+        not path.strip()
+        or not folder.is_dir()
+        or any((folder / name).is_file() for name in (beir.CORPUS, *msmarco.CORPORA))
+    ):
         return [Set(path, "")]
     parts = sorted(part for part in folder.iterdir() if (part / beir.CORPUS).is_file())
     return [Set(str(part), folder.resolve().name) for part in parts] or [Set(path, "")]

@@ -144,6 +144,16 @@ def test_spaces_are_not_mixed_unless_declared(tiny: Path, tmp_path: Path) -> Non
     assert report["systems"][0]["role"] == "student"
 
 
+def test_an_empty_path_is_refused_and_not_the_current_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it an unset variable of a shell measures whatever collections lie below."""
+    shutil.copytree(tiny / "tiny-collection", tmp_path / "below" / "one")
+    monkeypatch.chdir(tmp_path / "below")
+    with pytest.raises(DataError, match="collection: the path '' is empty; name a folder"):
+        run_suite([""], [SystemSpec.parse("bm25")], QUICK, tmp_path / "cache", tmp_path / "out", "rkd eval beir")
+
+
 def test_the_mean_over_sets_weighs_sets_and_groups_alike(tiny: Path, second: Path, tmp_path: Path) -> None:
     """CQADupStack's twelve forums as twelve sets would drown the other sets; the list must be named."""
     forums = tmp_path / "forums"
