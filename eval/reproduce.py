@@ -12,9 +12,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from retrieval_kd.errors import DataError, did_you_mean
+from retrieval_kd.strict_yaml import NotYaml, read_yaml
 
 _PROGRAM = "rkd "
 
@@ -91,10 +90,11 @@ def read_tables(path: Path, values: Mapping[str, str]) -> list[Table]:
             without a value; names the entry.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path}: cannot read it ({reason}); give a YAML list of tables") from None
+        raw = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot read it ({error}); give a YAML list of tables") from None
+    except NotYaml as error:
+        raise DataError(f"{path}:{error.line}: not YAML ({error}); mend the line") from None
     if not isinstance(raw, list) or not raw:
         raise DataError(f"{path}: not a list of tables; each has name, command and expect")
     tables: list[Table] = []

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.errors import ServeError
+from serve.limits import Limits
 from serve.texts import sendable
 
 if TYPE_CHECKING:
     from index.filters import Filter
 
 _BOUNDS = ("gt", "ge", "lt", "le")
-_DEEPEST = 32
-"""No index takes more levels; protobuf nests 100 messages, and a level may be two of them."""
+_DEEPEST = Limits().max_filter_depth
+"""Far below protobuf's own limit of 100 nested messages, of which a level may be two."""
 
 
 def filter_from_message(message: pb.Filter) -> Filter:

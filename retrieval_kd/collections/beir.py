@@ -19,6 +19,7 @@ from retrieval_kd.collections.files import (
     checked_id,
     collect_qrels,
     in_split_order,
+    parse_json,
     read_lines,
     require_split,
 )
@@ -157,15 +158,7 @@ def _metadata(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _record(text: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: malformed JSON ({error.msg}); write one object a line, or fetch it again") from None
-    except ValueError:
-        # Python reads no integer of thousands of digits.
-        raise DataError(f"{where}: a number has too many digits; put it in quotes, or fetch the file again") from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deep; write one flat object a line, or fetch the file again") from None
+    row = parse_json(text, where, "write one object a line, or fetch the file again")
     if not isinstance(row, dict):
         raise DataError(f"{where}: {type(row).__name__} instead of a JSON object; write one object a line")
     return row

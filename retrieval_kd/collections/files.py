@@ -8,13 +8,14 @@ disk when asked for.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import reprlib
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -205,6 +206,28 @@ class Judgement(NamedTuple):
     query_id: str
     doc_id: str
     grade: str
+
+
+def parse_json(text: str, where: str, remedy: str) -> Any:
+    """Return a line's JSON value.
+
+    Args:
+        text: The line.
+        where: Its file and number.
+        remedy: What to do if it has none.
+
+    Raises:
+        DataError: the line is no JSON, or has more digits or levels than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem = f"malformed JSON ({error.msg})"
+    except ValueError:
+        problem = "a number has too many digits without quotes"
+    except RecursionError:
+        problem = "nested too deep"
+    raise DataError(f"{where}: {problem}; {remedy}")
 
 
 def collect_qrels(source: str, rows: Iterable[Judgement], queries: Container[str], documents: Container[str]) -> Qrels:

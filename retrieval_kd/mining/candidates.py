@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from retrieval_kd.artifacts import atomic_write
-from retrieval_kd.collections.files import Line, read_lines
+from retrieval_kd.collections.files import Line, parse_json, read_lines
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import Shortlist
 
@@ -72,12 +72,7 @@ def read_candidates(path: Path) -> list[CandidateList]:
 
 
 def _parse(line: Line) -> CandidateList:
-    try:
-        row = json.loads(line.text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{line.where}: malformed JSON ({error.msg}); mine again") from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{line.where}: a number or a nesting too long to read; mine again") from None
+    row = parse_json(line.text, line.where, "mine again")
     match row:
         case {"query_id": str(query_id), "doc_ids": [*doc_ids], "labels": [*labels], **rest} if (
             not rest and all(type(doc_id) is str for doc_id in doc_ids) and all(type(label) is int for label in labels)

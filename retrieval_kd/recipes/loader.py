@@ -19,7 +19,7 @@ import yaml
 
 from retrieval_kd.errors import RecipeError, did_you_mean
 from retrieval_kd.recipes.schema import Recipe, StageSpec
-from retrieval_kd.recipes.strict_yaml import NotYaml, read_yaml
+from retrieval_kd.strict_yaml import NotYaml, read_yaml
 
 Section = TypeVar("Section")
 

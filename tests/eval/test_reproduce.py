@@ -49,7 +49,9 @@ def test_a_file_is_read_and_filled(tmp_path: Path) -> None:
         ("{data}", "{folder}", r"no value for \{folder\}; give it with --set folder=VALUE"),
         (GOOD, "name: x", "not a list of tables"),
         (GOOD, "- 1", "1 is not a mapping of name, command, expect"),
-        (GOOD, "[", "cannot read it"),
+        (GOOD, "[", r"tables\.yaml:1: not YAML \(.*\); mend the line"),
+        ("value: 0.5", "value: 2024-13-45", "value '2024-13-45' of 'BM25' is not a finite number"),
+        ("value: 0.5", "value: 0.5, value: 0.9", r"tables\.yaml:5: not YAML \(key 'value' stands in line 5 already\)"),
     ],
 )
 def test_a_wrong_file_is_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:

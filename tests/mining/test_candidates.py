@@ -214,8 +214,8 @@ GOOD = '{"query_id": "q1", "doc_ids": ["d1", "d2"], "labels": [1, 0]}\n'
         ('{"query_id": "q2", "doc_ids": ["d1", "d2"], "labels": [1, -1]}', "positives first"),
         ('{"query_id": "q2", "doc_ids": ["d1", "d2"], "labels": [0, 0]}', "needs a positive and a negative"),
         ('{"query_id": "q2", "doc_ids": [], "labels": []}', "needs a positive and a negative"),
-        ("[" * 100000, "a number or a nesting too long to read; mine again"),
-        ("9" * 5000, "a number or a nesting too long to read; mine again"),
+        ("[" * 100000, "nested too deep; mine again"),
+        ("9" * 5000, "a number has too many digits without quotes; mine again"),
         (GOOD, "query 'q1' has a list already"),
     ],
 )

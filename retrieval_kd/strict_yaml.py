@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-# Recipes nest half a dozen levels; PyYAML and all that walks a recipe recurse, and Python ends that at some hundreds.
+# Our files nest half a dozen levels; PyYAML and all that walks a recipe recurse, and Python ends that at some hundreds.
 _DEEPEST = 50
 _TAG = "tag:yaml.org,2002:"
 _CONSTRUCTORS = yaml.SafeLoader.yaml_constructors
@@ -43,7 +43,7 @@ def read_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    # No key of a recipe takes a date: 2024-05-01 is a name like any other, and so is 2024-13-45.
+    # No key of ours takes a date: 2024-05-01 is a name like any other, and so is 2024-13-45.
     yaml_constructors: ClassVar = {**_CONSTRUCTORS, f"{_TAG}timestamp": _CONSTRUCTORS[f"{_TAG}str"]}
 
     def __init__(self, text: str) -> None:
