@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,6 +35,44 @@ def length_sorted_batches(
             rows = min(rows, max_rows)
         yield order[start : start + rows]
         start += rows
+
+
+def cheapest_batches(
+    lengths: Sequence[int] | npt.NDArray[np.integer], max_tokens: int, overhead: int
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Split positions into batches of similar length, longest first, that cost the least together.
+
+    A batch costs its padded size and what any batch costs: where lengths jump, two small batches are cheaper than
+    the padding of one. Found by dynamic programming over the sorted lengths, in time ``n`` times the most rows.
+
+    Args:
+        lengths: Token count of each text.
+        max_tokens: Upper bound of rows times longest row; a longer text forms a batch of its own.
+        overhead: What a batch costs beside its tokens, in tokens.
+
+    Yields:
+        int64 positions into ``lengths``; together each position exactly once.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    longest = np.maximum(sizes[order], 1).tolist()
+    # Of the first n texts: the least cost, and where its last batch starts.
+    costs, starts = [0], [0]
+    for end in range(1, len(longest) + 1):
+        start = end - 1
+        best, chosen = costs[start] + overhead + longest[start], start
+        while start > 0 and (end - start + 1) * longest[start - 1] <= max_tokens:
+            start -= 1
+            cost = costs[start] + overhead + (end - start) * longest[start]
+            if cost < best:
+                best, chosen = cost, start
+        costs.append(best)
+        starts.append(chosen)
+    cuts = [len(longest)]
+    while cuts[-1]:
+        cuts.append(starts[cuts[-1]])
+    for start, end in itertools.pairwise(reversed(cuts)):
+        yield order[start:end]
 
 
 def equal_length_batches(

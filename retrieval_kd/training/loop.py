@@ -31,7 +31,7 @@ from retrieval_kd.training.average import WeightAverage
 from retrieval_kd.training.batches import Batch, TrainingSet, assemble, epoch_batches
 from retrieval_kd.training.checkpoint import Stateful, load_checkpoint, load_weights, save_checkpoint, save_weights
 from retrieval_kd.training.dev import DevSet
-from retrieval_kd.training.machine import Machine
+from retrieval_kd.training.machine import Machine, sparse_token_gradients
 from retrieval_kd.training.metrics import MetricsLog, agreement
 from retrieval_kd.training.passes import Passes
 from retrieval_kd.training.preflight import teacher_warnings
@@ -215,6 +215,7 @@ class _Run:
         if joint is not None:
             self.trained["joint"] = joint.module
         self.trained.to(machine.device)
+        sparse_token_gradients(self.trained)
         if schedule.activation_checkpointing:
             for module in self.trained.values():
                 _checkpoint_activations(module)

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
-from training_jobs import EVERY_LOSS, LATE_INTERACTION, Case, assert_equal, kinds, one_step
+from training_jobs import EVERY_LOSS, LATE_INTERACTION, Case, Job, assert_equal, kinds, one_step, reranker
 
 from retrieval_kd.errors import RecipeError
 from retrieval_kd.losses.registry import LOSSES
 from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec
-from retrieval_kd.training.machine import Machine
+from retrieval_kd.training.machine import Machine, sparse_token_gradients
 from retrieval_kd.training.passes import Passes, Work
 
 
@@ -86,6 +86,24 @@ def test_micro_batches_change_neither_loss_nor_gradients(name: str) -> None:
     assert_equal(one_step(job_losses), one_step(job_losses, micro_tokens=10_000), 1e-9)
 
 
+def test_gradients_by_row_equal_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a token that stands in two texts of a step, or in two micro-batches, could count once."""
+    by_row = one_step(EVERY_LOSS, joint=True)
+    monkeypatch.setattr("retrieval_kd.training.loop.sparse_token_gradients", lambda module: None)
+    assert_equal(by_row, one_step(EVERY_LOSS, joint=True), 1e-9)
+
+
+def test_token_tables_of_all_that_train_get_gradients_by_row() -> None:
+    """Without it every micro-batch would clear and add a gradient as large as the vocabulary."""
+    job = Job("asymmetric")
+    both = nn.ModuleDict({"student": job.student, "joint": reranker(job).module})
+    sparse_token_gradients(both)
+    tables = [both["student"].body.embeddings.word_embeddings, both["joint"].bert.embeddings.word_embeddings]
+    for table in tables:
+        table(torch.tensor([[1, 2], [2, 3]])).sum().backward()
+        assert table.weight.grad.is_sparse
+
+
 def test_activation_checkpointing_changes_no_gradient() -> None:
     """Without it a saved gigabyte would cost quality, or layers would be read twice."""
     assert_equal(
@@ -112,7 +130,7 @@ def test_padding_is_counted() -> None:
     """Without it the report's share of padding could not be told from a full batch."""
     passes = Passes(Machine(), max_tokens=12)
     passes.run(Work([4, 1, 3, 2], lambda rows: torch.zeros(len(rows), 1)))
-    assert (passes.tokens, passes.padded) == (10, 3 * 4 + 1 * 1)
+    assert (passes.tokens, passes.padded) == (10, 2 * 4 + 2 * 2)
 
 
 def test_half_precision_is_near_and_losses_stay_exact() -> None:
