@@ -1,7 +1,7 @@
 """Peak memory: training and encoding against the size of the corpus, and scoring against the number of pairs.
 
 ``training`` trains a tiny student on the same 512 lists for the same steps beside corpora of 10^4, 10^5 and 10^6
-documents; the lists' documents are among them, and sentences of all are what its embedding loss reads besides.
+documents; the lists' documents are among them, and phrases of all are what its embedding loss reads besides.
 ``encoding`` encodes such a corpus. ``scoring`` scores 10^4, 10^5 and 10^6 pairs with a tiny random cross-encoder into
 a store, pairs streaming in and shards out. Each run is a process of its own; what counts is its peak resident memory
 (``ru_maxrss``), reported with what the process needed before it touched the first document.
@@ -112,7 +112,7 @@ def training(folder: Path, documents: int) -> dict[str, Any]:
     scores = [rng.standard_normal(CANDIDATES).astype(np.float32) for _ in lists]
     targets = start.encode(list(collection.queries().values()), "query")
     schedule = ScheduleSpec(epochs=2, batch_queries=32, checkpoints=2)
-    texts = extra_texts(collection, (), sentences=True, most=schedule.steps(LISTS) * EXTRA_BATCH)
+    texts = extra_texts(collection, (), phrases=True, most=schedule.steps(LISTS) * EXTRA_BATCH)
     extra = ExtraTexts(texts, start.encode(list(texts.values()), "query"), EXTRA_BATCH)
     data = TrainingSet(lists, collection.queries(), scores, collection.qrels("train"), targets, extra=extra)
     opened = peak()

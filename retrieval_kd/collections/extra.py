@@ -14,14 +14,14 @@ from collections.abc import Iterator, Sequence
 
 from retrieval_kd.collections.base import Collection, held_out_words, split_queries, words_of
 
-# A heading or a list's number is no sentence; a sentence longer than any query costs time and teaches little more.
-_LEAST_WORDS = 4
-_MOST_WORDS = 24
+# As long as queries are: at equal cost phrases teach a student more of its teacher's queries than sentences do.
+_LEAST_WORDS = 3
+_MOST_WORDS = 14
 _BOUNDARY = re.compile(r"(?<=[.!?])\s+")
 
 
-def extra_texts(collection: Collection, others: Sequence[Collection], sentences: bool, most: int) -> dict[str, str]:
-    """Return texts by id: the train queries of other collections, and one sentence of each document of all.
+def extra_texts(collection: Collection, others: Sequence[Collection], phrases: bool, most: int) -> dict[str, str]:
+    """Return texts by id: the train queries of other collections, and phrases of the documents of all.
 
     A text that is also a dev or test query of one of the collections is left out, and so is a second copy of a text.
     Of more than ``most`` those with the smallest hashes are taken, and no more of them are ever in memory: what a
@@ -30,7 +30,8 @@ def extra_texts(collection: Collection, others: Sequence[Collection], sentences:
     Args:
         collection: The collection that is trained on; its queries are not among the texts.
         others: Collections whose train queries are; the queries of their other splits never are.
-        sentences: Take a sentence of each document too, chosen by a hash of the document's id.
+        phrases: Take the documents' sentences too, cut into phrases of 3 to 14 words; where, a hash of the document's
+            id and the sentence's number says.
         most: Texts wanted, at least 1.
 
     Raises:
@@ -39,8 +40,8 @@ def extra_texts(collection: Collection, others: Sequence[Collection], sentences:
     sources = (collection, *others)
     held_out = set().union(*map(held_out_words, sources))
     streams = [_queries(other) for other in others]
-    if sentences:
-        streams += [_sentences(source) for source in sources]
+    if phrases:
+        streams += [_phrases(source) for source in sources]
     # The largest hash comes first, to make room; the place keeps the order of the streams.
     kept: list[tuple[int, int, str, str]] = []
     hashes: set[int] = set()
@@ -64,10 +65,16 @@ def _queries(collection: Collection) -> Iterator[tuple[str, str]]:
         yield f"{collection.name}/query/{query_id}", text
 
 
-def _sentences(collection: Collection) -> Iterator[tuple[str, str]]:
+def _phrases(collection: Collection) -> Iterator[tuple[str, str]]:
     for document in collection.documents():
-        words = [sentence.split() for sentence in _BOUNDARY.split(document.text)]
-        long = [sentence[:_MOST_WORDS] for sentence in words if len(sentence) >= _LEAST_WORDS]
-        if long:
-            chosen = int.from_bytes(hashlib.sha256(document.doc_id.encode()).digest()[:8]) % len(long)
-            yield f"{collection.name}/document/{document.doc_id}", " ".join(long[chosen])
+        for number, sentence in enumerate(_BOUNDARY.split(document.text)):
+            words = sentence.split()
+            draw = hashlib.sha256(f"{document.doc_id}/{number}".encode()).digest()
+            start = 0
+            for byte in itertools.cycle(draw):
+                # A rest too short for a phrase, and a heading or a list's number, is none.
+                if len(words) - start < _LEAST_WORDS:
+                    break
+                phrase = words[start : start + _LEAST_WORDS + byte % (_MOST_WORDS - _LEAST_WORDS + 1)]
+                yield f"{collection.name}/document/{document.doc_id}/{number}/{start}", " ".join(phrase)
+                start += len(phrase)

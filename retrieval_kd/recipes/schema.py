@@ -616,20 +616,20 @@ class ExtraTextsSpec:
     Attributes:
         batch: Texts beside the queries of each step, encoded as queries; none when 0.
         collections: Collections whose train queries are such texts.
-        sentences: Take a sentence of each document of these collections and of the recipe's own.
+        phrases: Take phrases of the documents of these collections and of the recipe's own, as long as queries are.
     """
 
     batch: int = 0
     collections: tuple[str, ...] = ()
-    sentences: bool = True
+    phrases: bool = True
 
     def __post_init__(self) -> None:
         """Refuse a source that would be ignored, and batches without a source."""
         _require(self.batch >= 0, f"extra_texts.batch: {self.batch} must not be negative")
         _require(self.batch > 0 or not self.collections, "extra_texts.batch: 0 reads no collection; set it above 0")
         _require(
-            self.batch == 0 or self.sentences or bool(self.collections),
-            "extra_texts: neither collections nor sentences; name a source or set batch to 0",
+            self.batch == 0 or self.phrases or bool(self.collections),
+            "extra_texts: neither collections nor phrases; name a source or set batch to 0",
         )
 
 

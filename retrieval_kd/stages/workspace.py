@@ -315,7 +315,7 @@ class Workspace:
         if spec.batch == 0:
             return {}
         others = [open_collection(CollectionSpec(path)) for path in spec.collections]
-        return extra_texts(self.collection, others, spec.sentences, steps * spec.batch)
+        return extra_texts(self.collection, others, spec.phrases, steps * spec.batch)
 
     def encoder_scores(
         self, lists: Sequence[Shortlist], encoder: OnnxEncoder, queries: Mapping[str, str]

@@ -49,29 +49,42 @@ def test_other_collections_give_their_train_queries_alone(tmp_path: Path) -> Non
             "q4": ("dev", "other dev"),
         },
     )
-    assert extra_texts(own, [other], sentences=False, most=9) == {"other/query/q1": "other train"}
+    assert extra_texts(own, [other], phrases=False, most=9) == {"other/query/q1": "other train"}
 
 
-def test_sentences_are_chosen_by_the_document_and_cut(tmp_path: Path) -> None:
-    """Without it a run resumed in another process could regress other sentences than the ones it began with."""
+def test_phrases_are_cut_by_the_document_alone(tmp_path: Path) -> None:
+    """Without it a run resumed in another process could regress other phrases than the ones it began with."""
     own = collection(tmp_path, "own", OWN)
-    texts = extra_texts(own, [], sentences=True, most=9)
-    assert list(texts) == ["own/document/a"]
-    assert texts["own/document/a"] in ("One sentence of six words here!", "Another one with five words?")
-    assert extra_texts(own, [], sentences=True, most=9) == texts
-    CORPUS[0]["text"], kept = " ".join(["word"] * 100), CORPUS[0]["text"]
-    try:
-        long = extra_texts(collection(tmp_path, "long", OWN), [], sentences=True, most=9)
-    finally:
-        CORPUS[0]["text"] = kept
-    assert long["long/document/a"] == " ".join(["word"] * 24)
+    texts = extra_texts(own, [], phrases=True, most=9)
+    assert extra_texts(own, [], phrases=True, most=9) == texts
+    assert len(texts) >= 2
+    for text_id, text in texts.items():
+        document, number, start = text_id.removeprefix("own/document/").split("/")
+        sentence = ("Too short.", "One sentence of six words here!", "Another one with five words?")[
+            int(number)
+        ].split()
+        words = text.split()
+        assert document == "a"
+        assert 3 <= len(words) <= 14
+        assert sentence[int(start) : int(start) + len(words)] == words
+
+
+def test_phrases_cover_a_sentence_and_vary_in_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it long sentences would teach by their beginnings alone, or all phrases be of one length."""
+    sentence = " ".join(f"w{i}" for i in range(1000))
+    monkeypatch.setitem(CORPUS[0], "text", sentence)
+    phrases = list(extra_texts(collection(tmp_path, "long", OWN), [], phrases=True, most=999).values())
+    assert sentence.startswith(" ".join(phrases))
+    assert sum(len(phrase.split()) for phrase in phrases) > 997
+    assert len({len(phrase.split()) for phrase in phrases}) > 8
 
 
 def test_a_text_comes_once(tmp_path: Path) -> None:
     """Without it a document that two collections share would weigh twice."""
     own = collection(tmp_path, "own", OWN)
     other = collection(tmp_path, "other", {**OWN, "q1": ("train", "other train")})
-    assert list(extra_texts(own, [other], sentences=True, most=9)) == ["other/query/q1", "own/document/a"]
+    texts = extra_texts(own, [other], phrases=True, most=9)
+    assert list(texts) == ["other/query/q1", "own/document/a/1/0", "own/document/a/2/0"]
 
 
 def test_no_more_texts_are_taken_than_a_training_reads(tmp_path: Path) -> None:
@@ -79,14 +92,14 @@ def test_no_more_texts_are_taken_than_a_training_reads(tmp_path: Path) -> None:
     own = collection(tmp_path, "own", OWN)
     queries = {**{f"r{i}": ("train", f"text {i % 30}") for i in range(60)}, "q2": OWN["q2"], "q3": OWN["q3"]}
     others = [collection(tmp_path, name, queries) for name in ("one", "two")]
-    every = extra_texts(own, others, sentences=True, most=99)
-    assert len(every) == 31
-    some = extra_texts(own, others, sentences=True, most=10)
+    every = extra_texts(own, others, phrases=True, most=99)
+    assert len(every) == 32
+    some = extra_texts(own, others, phrases=True, most=10)
     assert list(some.items()) == [item for item in every.items() if item[0] in some]
     smallest = sorted(every, key=lambda text_id: hashlib.sha256(every[text_id].encode()).digest()[:8])[:10]
     assert set(some) == set(smallest)
     # The order in which copies come does not decide which texts are taken.
-    assert set(extra_texts(own, others[::-1], sentences=True, most=10).values()) == set(some.values())
+    assert set(extra_texts(own, others[::-1], phrases=True, most=10).values()) == set(some.values())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +107,7 @@ def test_no_more_texts_are_taken_than_a_training_reads(tmp_path: Path) -> None:
     [
         ({"batch": -1}, "batch"),
         ({"collections": ("somewhere",)}, "collections|collection"),
-        ({"batch": 4, "sentences": False}, "neither"),
+        ({"batch": 4, "phrases": False}, "neither"),
     ],
 )
 def test_a_spec_that_would_be_ignored_is_refused(spec: dict[str, object], named: str) -> None:
