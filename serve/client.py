@@ -214,10 +214,11 @@ class RetrievalClient:
     ) -> Iterator[SearchResult | ServeError]:
         """Rank documents against texts as they come; an outcome for each in their order, without a deadline.
 
-        A text that cannot be searched for, such as a blank line, yields the error, and the stream goes on.
+        A text that cannot be searched for, such as a blank line, yields the error, and the stream goes on. Where
+        ``texts`` itself raises, that is raised here after the answers to what came before.
 
         Raises:
-            ServeError: the stream itself failed.
+            ServeError: the stream itself failed, or a text is not valid Unicode.
         """
         requests = messages.tagged_searches(texts, top_k, options)
         yield from map(self._to.searched, self._stream("search_stream", self._stubs.retrieval.StreamSearch, requests))
@@ -300,10 +301,34 @@ class RetrievalClient:
             time.sleep(pause)
 
     def _stream(self, name: str, method: Callable[..., Iterable[Response]], requests: Iterator[Any]) -> Iterator[Any]:
+        source = _Source(requests)
         try:
-            yield from method(requests, metadata=self._to.metadata)
+            yield from method(iter(source), metadata=self._to.metadata)
         except grpc.RpcError as error:
             raise self._to.failed(name, error) from None
+        source.check()
+
+
+class _Source:
+    """A stream's requests, which end where making one fails.
+
+    gRPC reads them where an error has nobody to go to: it would be logged, and the answers on their way lost.
+    """
+
+    def __init__(self, requests: Iterator[Any]) -> None:
+        self._requests = requests
+        self._error: Exception | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._requests
+        except Exception as error:  # noqa: BLE001  whatever the caller's own iterator raises is the caller's
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what ended the requests early, now that all that were sent are answered."""
+        if self._error is not None:
+            raise self._error
 
 
 class AsyncRetrievalClient:
@@ -461,8 +486,10 @@ class AsyncRetrievalClient:
             await asyncio.sleep(pause)
 
     async def _stream(self, name: str, method: Callable[..., Any], requests: Iterator[Any]) -> AsyncIterator[Any]:
+        source = _Source(requests)
         try:
-            async for answer in method(requests, metadata=self._to.metadata):
+            async for answer in method(iter(source), metadata=self._to.metadata):
                 yield answer
         except grpc.RpcError as error:
             raise self._to.failed(name, error) from None
+        source.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,8 +41,16 @@ class ExtraTexts:
         """Return the texts of a step: successive pieces of permutations drawn from (seed, pass over the texts)."""
         places = np.arange(step * self.batch, (step + 1) * self.batch)
         passes, within = np.divmod(places, len(self.texts))
-        orders = {number: np.random.default_rng([seed, number, 1]).permutation(len(self.texts)) for number in passes}
-        return np.array([orders[number][place] for number, place in zip(passes, within, strict=True)], dtype=np.int64)
+        orders = {number: _order(seed, number, len(self.texts)) for number in np.unique(passes).tolist()}
+        rows = [orders[number][place] for number, place in zip(passes.tolist(), within, strict=True)]
+        return np.array(rows, dtype=np.int64)
+
+
+# A step reads a few dozen places, of one pass or of two; an order of a million takes longer than the step to draw.
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, number: int, count: int) -> npt.NDArray[np.int64]:
+    """Return the order of one pass over the extra texts."""
+    return np.random.default_rng([seed, number, 1]).permutation(count)
 
 
 @dataclass(frozen=True)

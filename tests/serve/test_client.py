@@ -105,6 +105,40 @@ def test_a_query_of_a_stream_that_fails_is_told_in_its_place(client: RetrievalCl
         assert [type(one) for one in found[1:4]] == [ServeError, SearchResult, ServeError]
 
 
+def broken_texts() -> Iterator[str]:
+    yield "a"
+    raise OSError("the disk went away")
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "match"),
+    [
+        (broken_texts, OSError, "the disk went away"),
+        (lambda: iter(["a", "half \ud800", "b"]), ServeError, "search: 'half .*' is not valid Unicode"),
+    ],
+)
+def test_what_the_texts_of_a_stream_raise_comes_after_the_answers(
+    server: Running, texts: Callable[[], Iterator[str]], error: type[Exception], match: str
+) -> None:
+    """Without it a file with one broken line would end in gRPC's own words, and lose what was already answered."""
+    answered = []
+
+    def sync() -> None:
+        with RetrievalClient(server.target) as client:
+            answered.extend(client.search_stream(texts()))
+
+    async def asynchronous() -> None:
+        async with AsyncRetrievalClient(server.target) as client:
+            async for outcome in client.search_stream(texts()):
+                answered.append(outcome)  # noqa: PERF401  a comprehension that fails keeps nothing
+
+    for run in (sync, lambda: asyncio.run(asynchronous())):
+        answered.clear()
+        with pytest.raises(error, match=match):
+            run()
+        assert [type(one) for one in answered] == [SearchResult]
+
+
 def test_a_text_of_a_stream_that_cannot_be_encoded_is_named(client: RetrievalClient, server: Running) -> None:
     """Without it an array would have fewer rows than there are texts, or the one bad text of many not be found."""
     texts = ["a"] * 40 + [" "] + ["b"] * 30
