@@ -114,12 +114,16 @@ def bench(
     """Bench every system in a process of its own and write a report with cost beside quality.
 
     Raises:
-        RkdError: whatever is wrong with the collection or a system; a process that failed says why.
+        RkdError: a core that this process may not run on, or whatever is wrong with the collection or a system; a
+            process that failed says why.
     """
     require_measurable(measures, load.depth)
     ordered = in_order(specs)
     if not ordered:
         raise DataError("no system to bench; name --system (see --help)")
+    usable = os.sched_getaffinity(0)
+    if absent := sorted(set(load.cores) - usable):
+        raise DataError(f"--core {absent[0]}: this process may run on {', '.join(map(str, sorted(usable)))}")
     opened = open_collection(CollectionSpec(collection, tuple(distractors)))
     qrels, shape = opened.qrels(split), Shape.of(opened, load.remove_self)
     results = []

@@ -244,6 +244,14 @@ def test_vectors_that_are_in_use_are_not_opened_again(tiny: Path, monkeypatch: p
     assert opened.count(opened[-1]) == 1
 
 
+def test_a_run_that_is_not_there_is_named_with_its_key(tiny: Path, tmp_path: Path) -> None:
+    """Without it a mistyped path would not say which key of the recipe holds it."""
+    missing = tmp_path / "missing.trec"
+    given = workspace(tiny, *tiny_overrides(tiny, "symmetric"), f"candidates.sources=[{{kind: run, path: {missing}}}]")
+    with pytest.raises(RecipeError, match=rf"candidates\.sources: {missing} is not a file"):
+        _ = given.last.candidates
+
+
 def test_dev_searches_the_same_documents_whatever_mines(tiny: Path, tmp_path: Path) -> None:
     """Without it a run over train alone would leave dev with nothing but right answers, and any student would win."""
     common = tiny_overrides(tiny, "symmetric")

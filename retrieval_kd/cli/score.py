@@ -56,12 +56,18 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Report spread, ties, NaN and a suggested temperature of each teacher's scores, and how far teachers agree."""
+    from retrieval_kd.errors import DataError
     from retrieval_kd.scores.agreement import TeachersReport, agreements
     from retrieval_kd.scores.files import read_scores
     from retrieval_kd.scores.inspect import inspect as inspect_lists
 
     read = {_name(path, stores): read_scores(path, finite=False) for path in stores}
-    reports = {name: inspect_lists([scores for _, scores in store.lists()]) for name, store in read.items()}
+    reports = {}
+    for name, store in read.items():
+        try:
+            reports[name] = inspect_lists([scores for _, scores in store.lists()])
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
     report = TeachersReport(reports, agreements(_aligned(read)))
     typer.echo(json.dumps(report.to_json()) if as_json else _text(report))
 

@@ -21,7 +21,7 @@ from retrieval_kd.collections.python_docs import PythonDocs, installed_versions
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
-from retrieval_kd.errors import DataError
+from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.mining.bm25 import VARIANT, BM25Index
 from retrieval_kd.mining.candidates import LISTS, CandidateList, read_candidates, write_candidates
 from retrieval_kd.mining.dense import dense_run
@@ -166,6 +166,8 @@ class Workspace:
     def _first_stage(self, source: SourceSpec, depth: int, student: Callable[[str], OnnxEncoder]) -> FirstStage:
         if source.kind == "run":
             path = Path(source.path)
+            if not path.is_file():
+                raise RecipeError(f"candidates.sources: {path} is not a file; give a run or MS MARCO's top 1000")
             # Opening it now says what is wrong with it before anything is ranked.
             run: Run = read_top1000(path) if is_msmarco_run(path) else TrecFiles([path])
             return FirstStage(source.name, file_sha256(path), lambda: run)

@@ -10,6 +10,7 @@ from tiny import tiny_overrides
 from typer.testing import CliRunner
 
 from retrieval_kd.cli.main import app
+from retrieval_kd.errors import DataError
 
 
 def rkd(*arguments: object) -> str:
@@ -41,6 +42,13 @@ def test_any_scores_are_inspected(files: list[Path]) -> None:
     text = rkd("score", "inspect", *files)
     assert "one.trec and two.tsv" in text
     assert "two.tsv: 1 of 5 scores are NaN or infinite; mend the teacher" in text
+
+
+def test_a_file_without_a_finite_list_is_named(files: list[Path], tmp_path: Path) -> None:
+    """Without it nobody could tell which of many teachers has nothing to say."""
+    (tmp_path / "nan.tsv").write_text("q1\ta\tnan\nq1\tb\tnan\n")
+    with pytest.raises(DataError, match=r"nan\.tsv: 1 score lists, none with finite scores only"):
+        rkd("score", "inspect", *files, tmp_path / "nan.tsv")
 
 
 def test_a_recipe_is_scored_and_its_members_compared(tiny: Path, tmp_path: Path) -> None:

@@ -183,3 +183,19 @@ def test_a_failing_process_says_why(tiny: Path, tmp_path: Path) -> None:
         bench(str(tiny / "tiny-collection"), "test", specs, Load(calls=1), ["RR@10"], tmp_path / "cache", out, "")
     assert "\n" not in str(error.value)
     assert not out.exists()
+
+
+def test_a_core_that_is_not_there_is_refused_before_anything_runs(tiny: Path, tmp_path: Path) -> None:
+    """Without it the system's process would end in a trace about arguments that nobody gave."""
+    load = Load(calls=1, cores=(9999,))
+    with pytest.raises(DataError, match=r"--core 9999: this process may run on \d+"):
+        bench(
+            str(tiny / "tiny-collection"),
+            "test",
+            [SystemSpec("bm25")],
+            load,
+            ["RR@10"],
+            tmp_path / "cache",
+            tmp_path / "out",
+            "",
+        )
