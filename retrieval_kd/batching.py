@@ -55,22 +55,19 @@ def cheapest_batches(
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
-    longest = np.maximum(sizes[order], 1).tolist()
+    longest, places = np.maximum(sizes[order], 1), np.arange(len(order))
     # Of the first n texts: the least cost, and where its last batch starts.
-    costs, starts = [0], [0]
-    for end in range(1, len(longest) + 1):
-        start = end - 1
-        best, chosen = costs[start] + overhead + longest[start], start
-        while start > 0 and (end - start + 1) * longest[start - 1] <= max_tokens:
-            start -= 1
-            cost = costs[start] + overhead + (end - start) * longest[start]
-            if cost < best:
-                best, chosen = cost, start
-        costs.append(best)
-        starts.append(chosen)
-    cuts = [len(longest)]
+    costs, starts = np.zeros(len(order) + 1, dtype=np.int64), np.zeros(len(order) + 1, dtype=np.int64)
+    first = 0
+    for end in range(1, len(order) + 1):
+        while first < end - 1 and (end - first) * longest[first] > max_tokens:
+            first += 1
+        totals = costs[first:end] + (end - places[first:end]) * longest[first:end]
+        starts[end] = first + totals.argmin()
+        costs[end] = totals.min() + overhead
+    cuts = [len(order)]
     while cuts[-1]:
-        cuts.append(starts[cuts[-1]])
+        cuts.append(int(starts[cuts[-1]]))
     for start, end in itertools.pairwise(reversed(cuts)):
         yield order[start:end]
 
