@@ -27,7 +27,10 @@ class StaticBody(nn.Module):
     Attributes:
         embeddings: ``[V, d]``, one vector a token.
         weights: ``[V]``, its factor.
+        sparse: Whether the vectors' gradient has the rows that were read alone.
     """
+
+    sparse = False
 
     def __init__(self, embeddings: Tensor, weights: Tensor) -> None:
         """Take over the two tables."""
@@ -42,7 +45,8 @@ class StaticBody(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return float ``[B, L, d]`` for int64 ``[B, L]``."""
-        return F.embedding(input_ids, self.embeddings) * F.embedding(input_ids, self.weights.unsqueeze(1))
+        vectors = F.embedding(input_ids, self.embeddings, sparse=self.sparse)
+        return vectors * F.embedding(input_ids, self.weights.unsqueeze(1))
 
 
 def read_static(path: Path) -> StaticBody:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from retrieval_kd import processes
+from retrieval_kd.encoders.static import StaticBody
 from retrieval_kd.errors import DataError, RecipeError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -146,7 +147,7 @@ class Machine:
 
 
 def sparse_token_gradients(module: nn.Module) -> None:
-    """Let the token tables of transformers get gradients of only the rows they read; ``Machine.move`` adds them up.
+    """Let token tables get gradients of only the rows they read; ``Machine.move`` adds them up.
 
     A dense gradient of BERT's 30,522 rows is 47 MB that every micro-batch would clear and add: on a CPU that takes as
     long as 80 tokens do in three layers.
@@ -154,7 +155,9 @@ def sparse_token_gradients(module: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     for part in module.modules():
-        if isinstance(part, PreTrainedModel) and isinstance(table := part.get_input_embeddings(), nn.Embedding):
+        if isinstance(part, StaticBody):
+            part.sparse = True
+        elif isinstance(part, PreTrainedModel) and isinstance(table := part.get_input_embeddings(), nn.Embedding):
             table.sparse = True
 
 

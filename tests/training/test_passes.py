@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from training_jobs import EVERY_LOSS, LATE_INTERACTION, Case, Job, assert_equal, kinds, one_step, reranker
 
+from retrieval_kd.encoders.static import StaticBody
 from retrieval_kd.errors import RecipeError
 from retrieval_kd.losses.registry import LOSSES
 from retrieval_kd.recipes.schema import LossSpec, ScheduleSpec
@@ -96,12 +97,19 @@ def test_gradients_by_row_equal_dense_ones(monkeypatch: pytest.MonkeyPatch) -> N
 def test_token_tables_of_all_that_train_get_gradients_by_row() -> None:
     """Without it every micro-batch would clear and add a gradient as large as the vocabulary."""
     job = Job("asymmetric")
-    both = nn.ModuleDict({"student": job.student, "joint": reranker(job).module})
-    sparse_token_gradients(both)
-    tables = [both["student"].body.embeddings.word_embeddings, both["joint"].bert.embeddings.word_embeddings]
+    static = StaticBody(torch.randn(9, 4), torch.ones(9))
+    all_three = nn.ModuleDict({"student": job.student, "joint": reranker(job).module, "static": static})
+    ids = torch.tensor([[1, 2], [2, 3]])
+    dense = torch.autograd.grad(static(ids).square().sum(), [static.embeddings, static.weights])
+    sparse_token_gradients(all_three)
+    tables = [all_three["student"].body.embeddings.word_embeddings, all_three["joint"].bert.embeddings.word_embeddings]
     for table in tables:
-        table(torch.tensor([[1, 2], [2, 3]])).sum().backward()
+        table(ids).sum().backward()
         assert table.weight.grad.is_sparse
+    by_row = torch.autograd.grad(static(ids).square().sum(), [static.embeddings, static.weights])
+    assert [gradient.is_sparse for gradient in by_row] == [True, False]
+    for one, other in zip(dense, by_row, strict=True):
+        assert torch.allclose(one, other.to_dense())
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
