@@ -76,7 +76,9 @@ def test_phrases_cover_a_sentence_and_vary_in_length(tmp_path: Path, monkeypatch
     phrases = list(extra_texts(collection(tmp_path, "long", OWN), [], phrases=True, most=999).values())
     assert sentence.startswith(" ".join(phrases))
     assert sum(len(phrase.split()) for phrase in phrases) > 997
-    assert len({len(phrase.split()) for phrase in phrases}) > 8
+    lengths = {len(phrase.split()) for phrase in phrases}
+    assert (min(lengths), max(lengths)) == (3, 14)
+    assert len(lengths) > 8
 
 
 def test_a_text_comes_once(tmp_path: Path) -> None:

@@ -40,6 +40,21 @@ def test_every_text_is_drawn_as_often_as_every_other() -> None:
     assert texts.positions(8, 0).tolist() != drawn[:4]
 
 
+def test_an_order_is_drawn_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it each text of a step would draw an order of all: with 240,000 of them as long as the step itself."""
+    drawn: list[object] = []
+    original = np.random.default_rng
+
+    def counted(seed: object) -> np.random.Generator:
+        drawn.append(seed)
+        return original(seed)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    for step in range(10):
+        extra(20, 4).positions(12345, step)
+    assert drawn == [[12345, 0, 1], [12345, 1, 1]]
+
+
 def test_a_batch_larger_than_the_texts_goes_round() -> None:
     """Without it a small collection of texts would be an index error in the first step."""
     assert sorted(extra(3, 6).positions(1, 0).tolist()) == [0, 0, 1, 1, 2, 2]

@@ -141,6 +141,14 @@ def test_padding_is_counted() -> None:
     assert (passes.tokens, passes.padded) == (10, 2 * 4 + 2 * 2)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is given as much at once as the budget allows")
+def test_a_long_text_does_not_pad_the_short_ones() -> None:
+    """Without it one long text of a step would make a CPU pay for its length as many times as there are texts."""
+    passes = Passes(Machine(), max_tokens=1000)
+    passes.run(Work([60] + [5] * 7, lambda rows: torch.zeros(len(rows), 1)))
+    assert (passes.tokens, passes.padded) == (95, 95)
+
+
 def test_half_precision_is_near_and_losses_stay_exact() -> None:
     """Without it bf16 could reach the similarities, whose differences it cannot hold."""
     losses = (LossSpec("listwise_kl"), LossSpec("info_nce"))
