@@ -38,6 +38,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-m", "serve.health", "127.0.0.1:50051"]
 STOPSIGNAL SIGTERM
 # The container's own network is the boundary, so it is served in plain text: publish the port on an address you
-# trust or behind a TLS proxy, or replace --insecure by --tls-cert and --tls-key of mounted files.
+# trust or behind a TLS proxy, or replace --insecure by --tls-cert and --tls-key of mounted files. The health check then
+# needs the authority: --health-cmd 'python -m serve.health HOST:50051 --ca FILE', HOST being a name of the certificate.
 ENTRYPOINT ["rkd", "serve", "--host", "0.0.0.0", "--port", "50051", "--insecure"]
 CMD ["/runs/demo"]

@@ -1,7 +1,7 @@
 """Exact retrieval from the same vectors: retrieval-kd against sentence-transformers' evaluator and BEIR's search.
 
 All three get the same float32 matrices, one thread each, in a process of its own, and give the best 100 (and, with
-``--k``, any other number of) documents of each query; the time is search and, with ``--measures``, evaluation. The
+``--k``, any other number of) documents of each query; two times are taken, search and search with evaluation. The
 rankings are compared: the share of queries whose first ten agree in order with ours is printed.
 
     python benchmarks/exact_search.py --collection DIR --distractors DIR --encoder MODEL --artifacts runs/artifacts

@@ -54,7 +54,7 @@ def against_ceiling(report: dict[str, Any]) -> str:
             (
                 f"{report['queries']} queries, the best {report['top_k']}; medians of {report['rounds']} rounds of "
                 f"{report['seconds_each']:g} s, server and ceiling in turns on one core, the client on the other; "
-                f"{where(report)} Command: `python benchmarks/serving.py`."
+                f"{where(report)} Command: `python benchmarks/serving.py --world WORLD`."
             ),
             table(
                 ("call", "server, CPU ms a query", "in process", "share of CPU", "share of throughput", "goal"), rows
@@ -85,8 +85,8 @@ def peers(report: dict[str, Any]) -> str:
             (
                 f"{report['documents']} documents, {report['callers']} callers of single searches, {report['rounds']} "
                 f"rounds of {report['seconds_each']:g} s in turns, one core each; above 1 favours retrieval-kd; "
-                f"{where(report)} Command: `python benchmarks/serving_peers.py`. text-embeddings-inference was not "
-                "run: it cannot be installed with pip."
+                f"{where(report)} Command: `python benchmarks/serving_peers.py --world WORLD --environments "
+                "ENVIRONMENTS`. text-embeddings-inference was not run: it cannot be installed with pip."
             ),
             table(
                 ("peer", "versions", "ours, CPU ms", "theirs", "CPU ratio", "throughput ratio", "limit", "goal"), rows
@@ -111,7 +111,7 @@ def soak(report: dict[str, Any]) -> str:
                 f"{report['calls']} calls ({codes}): resident memory {sizes[0]:.0f} MiB after the first fortieth, "
                 f"{sizes[len(sizes) // 2]:.0f} MiB half way, {sizes[-1]:.0f} MiB at the end; "
                 f"{report['bytes_per_call']:.1f} bytes a call over the second half; {where(report)} "
-                "Command: `python benchmarks/serving_soak.py`."
+                "Command: `python benchmarks/serving_soak.py --world WORLD`."
             ),
         ]
     )

@@ -37,7 +37,7 @@ bm25
 
 model:MODEL,dim=128 (a folder or hub id; dim, max_length, query_prefix and document_prefix are optional)
 
-pair:QUERY_MODEL,documents=DOCUMENT_MODEL
+pair:QUERY_MODEL,documents=DOCUMENT_MODEL (dim; same_space=yes where no card says so)
 
 index:STORE,encoder=FOLDER (a run's folder brings its own encoder)
 
@@ -45,9 +45,9 @@ server:HOST:PORT
 
 run:FILE
 
-pyserini:INDEX
+pyserini:INDEX,k1=0.9,b=0.4
 
-rerank:MODEL,over=NAME,depth=100
+rerank:MODEL,over=NAME,depth=100,max_length=192
 
 rrf:NAME+NAME,k=60
 

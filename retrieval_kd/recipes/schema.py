@@ -278,7 +278,7 @@ class MemberSpec:
             ``{query}``, ``{first}`` and ``{second}``. Empty: the tokenizer's own pair.
         activation: From stored logit to score: ``identity``; ``sigmoid``; ``logit_difference`` for a classifier of
             two labels, the second label's logit minus the first's (its sigmoid is the second label's probability).
-        aggregation: From preferences to the scores of a list; see :mod:`retrieval_kd.teachers.preferences`.
+        aggregation: From preferences to the scores of a list; see :func:`retrieval_kd.scores.preferences.aggregated`.
         comparisons: Pairs of documents compared in each list, drawn at random; all when 0.
         query_prefix: Text put before every query.
         document_prefix: Text put before every document.

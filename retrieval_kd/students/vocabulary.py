@@ -1,6 +1,6 @@
 """A smaller vocabulary: the tokens a collection uses, and enough others that any text still has tokens.
 
-Half of a small BERT is its word embeddings (11.7 of MiniLM's 22.7 million weights), and most rows belong to
+Half of a small BERT is its word embeddings (11.7 of MiniLM's 22.6 million weights), and most rows belong to
 tokens that a collection never sees. Leaving them out changes nothing for a text whose tokens are all kept:
 WordPiece takes the longest match, Unigram the most probable split, and both find the same one among fewer.
 """

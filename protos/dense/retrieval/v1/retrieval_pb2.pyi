@@ -1210,7 +1210,7 @@ class IndexSummary(_message.Message):
     created_at: _builtins.str
     """When it was made, UTC, ISO 8601."""
     kind: _builtins.str
-    """How it is searched, such as "flat" or "hnsw"."""
+    """How it is searched, such as "exact" or "hnsw"."""
     document_count: _builtins.int
     """How many documents it holds, without later updates."""
     dimension: _builtins.int
@@ -1264,7 +1264,7 @@ class GetIndexResponse(_message.Message):
     index_version: _builtins.str
     """Version of the index."""
     kind: _builtins.str
-    """How the index is searched, such as "flat" or "hnsw"."""
+    """How the index is searched, such as "exact" or "hnsw"."""
     document_count: _builtins.int
     """How many documents can be found."""
     dimension: _builtins.int
