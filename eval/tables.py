@@ -13,7 +13,7 @@ from eval.results import SystemResult
 
 Report = Mapping[str, Any]
 _NO_FOLDING = 1000
-_LATEX = {"\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$"}
+_LATEX = {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "–": "--", "±": r"$\pm$"}
 
 
 def format_report(report: Report) -> str:
@@ -71,7 +71,14 @@ def plain_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         table.add_row(*row)
     # A fixed width and no colour: the same text in a terminal, a log file and a test.
     console = Console(
-        file=io.StringIO(), width=_NO_FOLDING, color_system=None, force_terminal=False, legacy_windows=False
+        file=io.StringIO(),
+        width=_NO_FOLDING,
+        color_system=None,
+        force_terminal=False,
+        legacy_windows=False,
+        # A system may be called bm25[k1=0.9], :dog: or [/b].
+        markup=False,
+        emoji=False,
     )
     console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -137,7 +144,7 @@ def latex_table(report: Report) -> str:
 
 
 def _latex(text: str) -> str:
-    return re.sub(r"[\\&%$#_{}–±]", lambda found: _LATEX.get(found[0], rf"\{found[0]}"), text)
+    return re.sub(r"[\\&%$#_{}^~–±]", lambda found: _LATEX.get(found[0], rf"\{found[0]}"), text)
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:

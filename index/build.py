@@ -238,5 +238,7 @@ def _field_types(
     for name in names:
         if name not in types:
             known = {key for _, fields in merged.fields(collection) for key in fields}
+            if name in known:
+                raise DataError(f"--fields: {name!r} is null in every document of {collection.name}; leave it out")
             raise DataError(f"--fields: no document of {collection.name} has {name!r}{did_you_mean(name, known)}")
     return types

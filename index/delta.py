@@ -87,9 +87,10 @@ class Delta:
         self.doc_ids[begin:] = update.doc_ids
         self.fields[begin:] = update.fields
         base = self._base_without([doc_id for doc_id in touched if doc_id not in self.places])
+        lengths = np.linalg.norm(stored.astype(np.float64), axis=1)
+        # Last, and of what is there already: one that failed half way would take its own documents for replaced.
         self.places.update({doc_id: begin + i for i, doc_id in enumerate(update.doc_ids)})
         self.places.update(dict.fromkeys(update.deleted, -1))
-        lengths = np.linalg.norm(stored.astype(np.float64), axis=1)
         return replace(
             self, living=living, longest=float(lengths.max(initial=self.longest)), batches=batches, base=base
         )

@@ -149,17 +149,21 @@ def filter_from_json(raw: Any, where: str = "filter") -> Filter:
     Raises:
         DataError: another shape or key; names the place in the tree.
     """
-    if where.count(".") > _DEEPEST:
+    return _filter(raw, where, _DEEPEST)
+
+
+def _filter(raw: Any, where: str, levels: int) -> Filter:
+    if levels == 0:
         raise DataError(f"filter: more than {_DEEPEST} levels deep; flatten it")
     key, body = _only_entry(raw, where)
     place = f"{where}.{key}"
     if key in ("and", "or"):
         if not isinstance(body, Sequence) or isinstance(body, str):
             raise DataError(f"{place}: {body!r} is not a list of filters")
-        parts = tuple(filter_from_json(part, f"{place}.{i}") for i, part in enumerate(body))
+        parts = tuple(_filter(part, f"{place}.{i}", levels - 1) for i, part in enumerate(body))
         return And(parts) if key == "and" else Or(parts)
     if key == "not":
-        return Not(filter_from_json(body, place))
+        return Not(_filter(body, place, levels - 1))
     if key not in ("eq", "in", "range"):
         raise DataError(f"{where}: key {key!r}{did_you_mean(key, ('and', 'or', 'not', 'eq', 'in', 'range'))}")
     field, operand = _only_entry(body, place)

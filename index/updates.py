@@ -124,6 +124,7 @@ class UpdateLog:
         self.path = path
         self._name = str(path)
         self._written = START
+        self._entry_synced = False
 
     @classmethod
     def of(cls, store: Path, version: str) -> UpdateLog:
@@ -206,9 +207,11 @@ class UpdateLog:
                 self._written = Place(os.fstat(descriptor).st_ino, after, after - len(body) - len(head), head)
             finally:
                 os.close(descriptor)
-            if end == 0:
+            if end == 0 or not self._entry_synced:
+                # Whoever made the file may have died before its name was on disk.
                 fsync_folder(folder)
                 fsync_folder(folder.parent)
+                self._entry_synced = True
         except OSError as error:
             raise ArtifactError(
                 f"{self.path}: cannot write the update ({error.strerror or error}); nothing of it was kept"
@@ -228,6 +231,8 @@ class UpdateLog:
             fsync_folder(self.path.parent)
         else:
             self.path.unlink(missing_ok=True)
+            # Else a power cut could bring back what was discarded.
+            fsync_folder(self.path.parent)
 
     def _write(self, descriptor: int, record: bytes, end: int) -> None:
         try:

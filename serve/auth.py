@@ -101,7 +101,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 def _read(path: Path) -> list[tuple[bytes, Role]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ServeError(f"{path}: cannot be read ({error}); give a file of tokens") from None
     roles = []
@@ -116,6 +116,8 @@ def _read(path: Path) -> list[tuple[bytes, Role]]:
                 f"{path}:{number}: the token has fewer than {SHORTEST_TOKEN} characters; "
                 "make one with: python -c 'import secrets; print(secrets.token_urlsafe())'"
             )
+        if not words[1].isascii():
+            raise ServeError(f"{path}:{number}: the token is not ASCII, so no header can carry it; make another one")
         roles.append((_digest(words[1]), Role[words[0].upper()]))
     if not roles:
         raise ServeError(f"{path}: has no token, so nobody could call; add 'read TOKEN'")

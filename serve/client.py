@@ -293,6 +293,8 @@ class RetrievalClient:
         while True:
             try:
                 return method(request, timeout=max(0.0, give_up - time.monotonic()), metadata=self._to.metadata)
+            except ValueError as error:
+                raise _closed(name, error) from None
             except grpc.RpcError as error:
                 pause = self._to.pause(error, attempt, give_up)
                 if pause is None:
@@ -304,9 +306,16 @@ class RetrievalClient:
         source = _Source(requests)
         try:
             yield from method(iter(source), metadata=self._to.metadata)
+        except ValueError as error:
+            raise _closed(name, error) from None
         except grpc.RpcError as error:
             raise self._to.failed(name, error) from None
         source.check()
+
+
+def _closed(name: str, error: Exception) -> ServeError:
+    """Return the failure of a call on a closed channel, which is all that gRPC raises so once a request is made."""
+    return ServeError(f"{name}: {error} Make a new client.")
 
 
 class _Source:
@@ -478,6 +487,8 @@ class AsyncRetrievalClient:
         while True:
             try:
                 return await method(request, timeout=max(0.0, give_up - time.monotonic()), metadata=self._to.metadata)
+            except grpc.aio.UsageError as error:
+                raise _closed(name, error) from None
             except grpc.RpcError as error:
                 pause = self._to.pause(error, attempt, give_up)
                 if pause is None:
@@ -490,6 +501,8 @@ class AsyncRetrievalClient:
         try:
             async for answer in method(iter(source), metadata=self._to.metadata):
                 yield answer
+        except grpc.aio.UsageError as error:
+            raise _closed(name, error) from None
         except grpc.RpcError as error:
             raise self._to.failed(name, error) from None
         source.check()

@@ -23,6 +23,7 @@ from serve.tls import is_loopback
 from serve.vectors import from_message, to_message
 
 T = TypeVar("T")
+Texts = TypeVar("Texts", bound=Iterable[str])
 DEADLINE_SECONDS = 5.0
 """A call without a deadline waits for ever when a network swallows it."""
 RETRIES = 3
@@ -169,12 +170,13 @@ class Options:
 
     def to_message(self) -> pb.SearchOptions:
         """Return the options as the protocol has them."""
-        message = pb.SearchOptions(fields=self.fields, exact=self.exact, rerank_depth=self.rerank_depth)
+        depth = checked_count("rerank_depth", self.rerank_depth)
+        message = pb.SearchOptions(fields=self.fields, exact=self.exact, rerank_depth=depth)
         if self.filter is not None:
             message.filter.CopyFrom(filter_to_message(self.filter))
         for name in ("ef_search", "probes", "oversample"):
             if (number := getattr(self, name)) is not None:
-                setattr(message.effort, name, number)
+                setattr(message.effort, name, checked_count(name, number))
         return message
 
 
@@ -202,7 +204,7 @@ class Tls:
             raise ServeError("a client's certificate and its key belong together; give both")
         try:
             ca, key, certificate = (
-                None if path is None else path.read_bytes() for path in (self.ca, self.key, self.certificate)
+                None if path is None else Path(path).read_bytes() for path in (self.ca, self.key, self.certificate)
             )
         except OSError as error:
             raise ServeError(f"{error.filename}: cannot be read ({error.strerror}); give a PEM file") from None
@@ -248,7 +250,7 @@ def search_request(
     """Return the request for one text or one vector ``[d]``."""
     if (text is None) == (vector is None):
         raise ServeError("search: give either a text or a vector")
-    request = pb.SearchRequest(top_k=checked_top_k(top_k))
+    request = pb.SearchRequest(top_k=checked_count("top_k", top_k))
     if options is not None:
         request.options.CopyFrom(options.to_message())
     if text is not None:
@@ -263,7 +265,7 @@ def sets_request(
     like: Sequence[Sequence[str]], unlike: Sequence[Sequence[str]], top_k: int, options: Options | None
 ) -> pb.SearchRequest:
     """Return the request for sets of example texts."""
-    request = pb.SearchRequest(top_k=checked_top_k(top_k))
+    request = pb.SearchRequest(top_k=checked_count("top_k", top_k))
     if options is not None:
         request.options.CopyFrom(options.to_message())
     request.sets.SetInParent()
@@ -287,7 +289,7 @@ def batch_requests(
         queries = [pb.Query(vector=_vector(vector)) for vector in _rows(vectors)]
     message = None if options is None else options.to_message()
     return [
-        pb.BatchSearchRequest(queries=some, top_k=checked_top_k(top_k), options=message)
+        pb.BatchSearchRequest(queries=some, top_k=checked_count("top_k", top_k), options=message)
         for some in chunks(queries, _batch_size(options)) or [[]]
     ]
 
@@ -316,7 +318,7 @@ def rerank_request(query: str, documents: Mapping[str, str] | Sequence[str], top
     return pb.RerankRequest(
         query=query,
         documents=[pb.RerankDocument(doc_id=doc_id, text=text) for doc_id, text in texts.items()],
-        top_k=checked_top_k(top_k),
+        top_k=checked_count("top_k", top_k),
     )
 
 
@@ -451,8 +453,9 @@ def tagged_searches(texts: Iterable[str], top_k: int, options: Options | None) -
     """Return the requests of a stream of searches, numbered.
 
     Raises:
-        ServeError: the wire cannot carry ``top_k`` or the filter.
+        ServeError: the wire cannot carry ``top_k`` or the filter, or one bare text.
     """
+    checked_texts("search_stream", texts)
     # At once: gRPC reads a stream's requests in a thread of its own, where an error has nobody to go to.
     search_request("", None, top_k, options)
     return (
@@ -479,14 +482,14 @@ def tagged_embeds(texts: Sequence[str], documents: bool) -> Iterator[pb.StreamEm
     )
 
 
-def checked_top_k(top_k: int) -> int:
+def checked_count(name: str, count: int) -> int:
     """Refuse here what the wire cannot carry; every other limit is the server's to judge."""
-    if not 0 <= top_k < 2**32:
-        raise ServeError(f"top_k: is {top_k}; give 1 or more")
-    return top_k
+    if not 0 <= count < 2**32:
+        raise ServeError(f"{name}: is {count}; give {'1 or more' if count < 0 else 'less than 2^32'}")
+    return count
 
 
-def checked_texts(name: str, texts: Sequence[str]) -> Sequence[str]:
+def checked_texts(name: str, texts: Texts) -> Texts:
     """Refuse a bare string: it is a sequence of texts of one letter each."""
     if isinstance(texts, str):
         raise ServeError(f"{name}: give a list of texts, not one text")
@@ -494,14 +497,23 @@ def checked_texts(name: str, texts: Sequence[str]) -> Sequence[str]:
 
 
 def _rows(vectors: npt.ArrayLike | None) -> npt.NDArray[np.float32]:
-    rows = np.asarray(vectors, dtype=np.float32)
+    rows = _numbers("batch_search", vectors)
     if rows.ndim != 2:
         raise ServeError(f"batch_search: vectors of shape {rows.shape}; give (n, d)")
     return rows
 
 
+def _numbers(name: str, vectors: npt.ArrayLike | None) -> npt.NDArray[np.float32]:
+    try:
+        # What no float32 holds becomes infinite, which the server refuses.
+        with np.errstate(over="ignore"):
+            return np.asarray(vectors, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ServeError(f"{name}: the vector is not an array of numbers ({error})") from None
+
+
 def _vector(vector: npt.ArrayLike | None) -> pb.Vector:
-    numbers = np.asarray(vector, dtype=np.float32)
+    numbers = _numbers("search", vector)
     if numbers.ndim != 1:
         raise ServeError(f"search: a vector of shape {numbers.shape}; give one of shape (d,)")
     return to_message(numbers, pb.VECTOR_ENCODING_F32_LE)

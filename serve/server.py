@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -29,6 +30,7 @@ from serve.tls import server_credentials
 from serve.tracing import Tracer, open_tracer
 
 _log = logging.getLogger(__name__)
+_PORT_TAKEN = (errno.EADDRINUSE, errno.EACCES)
 _CONNECTION_OPTIONS = [
     # Behind a balancer that spreads connections, long-lived ones would keep new servers idle. Only new calls move to
     # another connection: a grace would cut the streams that go on, and those that do not have limits of their own.
@@ -234,6 +236,11 @@ def _require_free_ports(config: ServeConfig) -> None:
             except OSError as error:
                 if port in ours:
                     raise ServeError(f"{option}: {port} is {ours[port]}'s already; give another port") from None
+                if error.errno not in _PORT_TAKEN:
+                    raise ServeError(
+                        f"{option.replace('port', 'host')}: cannot listen on {host} ({error.strerror}); "
+                        "give an address of this machine"
+                    ) from None
                 raise ServeError(
                     f"{option}: cannot listen on {host}:{port} ({error.strerror}); give another port, or 0 to check "
                     "beside a running server"

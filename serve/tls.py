@@ -82,13 +82,20 @@ def _load(files: CertificateFiles) -> grpc.ServerCertificateConfiguration:
     """Read and check a pair: gRPC itself takes a wrong key in silence and then fails every handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(files.certificate, files.key)
-        if files.client_ca is not None:
-            context.load_verify_locations(files.client_ca)
+        # Without a password at hand OpenSSL would ask the terminal for one.
+        context.load_cert_chain(files.certificate, files.key, password=b"")
         chain, key = files.certificate.read_bytes(), files.key.read_bytes()
-        client_ca = files.client_ca.read_bytes() if files.client_ca is not None else None
-    except (OSError, ssl.SSLError) as error:
-        raise ServeError(f"{files.certificate}, {files.key}: not a certificate and its key ({error})") from None
+    except (OSError, ValueError) as error:
+        raise ServeError(
+            f"{files.certificate}, {files.key}: not a certificate and its key without a password ({error})"
+        ) from None
+    client_ca = None
+    if files.client_ca is not None:
+        try:
+            context.load_verify_locations(files.client_ca)
+            client_ca = files.client_ca.read_bytes()
+        except (OSError, ssl.SSLError) as error:
+            raise ServeError(f"{files.client_ca}: not certificates of authorities ({error}); give a PEM file") from None
     return grpc.ssl_server_certificate_configuration([(key, chain)], client_ca)
 
 

@@ -68,6 +68,7 @@ class _Supervisor:
     config: ServeConfig
     environment: dict[str, str]
     workers: list[_Worker] = field(default_factory=list)
+    served: bool = False
     stopping: bool = False
 
     def start(self) -> None:
@@ -110,7 +111,7 @@ class _Supervisor:
         assert worker.process.stdout is not None
         words = (worker.words + worker.process.stdout.read()).decode(errors="replace")
         _close_pipes(worker.process)
-        if not worker.ready and not any(other.ready for other in self.workers):
+        if not self.served:
             # What keeps one from serving keeps the others: said here, it is said once.
             if words:
                 raise ServeError(words)
@@ -135,6 +136,7 @@ class _Supervisor:
             for key, _ in selector.select(_TICK):
                 said = os.read(key.fd, _PIPE_BYTES)
                 key.data.ready = _READY in said
+                self.served |= key.data.ready
                 key.data.words += said.replace(_READY, b"")
                 if not key.data.ready:
                     # It said why it ends, or closed its output by dying; poll() sees that in a moment.

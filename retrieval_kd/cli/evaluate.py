@@ -246,6 +246,9 @@ def reproduce(
     from retrieval_kd.errors import DataError, QualityError, did_you_mean
 
     pairs = [value.partition("=") for value in values or ()]
+    for text, (key, _, value) in zip(values or (), pairs, strict=True):
+        if not key or not value:
+            raise DataError(f"--set {text!r}: write KEY=VALUE")
     chosen = read_tables(tables, {key: value for key, _, value in pairs})
     if only:
         names = [table.name for table in chosen]

@@ -90,3 +90,6 @@ def test_reproduce_fails_where_a_figure_differs(tiny: Path, tmp_path: Path) -> N
         rkd(*arguments)
     with pytest.raises(DataError, match="no table 'u'"):
         rkd(*arguments, "--only", "u")
+    for wrong in ("data", "data=", "=x"):
+        with pytest.raises(DataError, match=f"--set '{wrong}': write KEY=VALUE"):
+            rkd("reproduce", tables, "--set", wrong)

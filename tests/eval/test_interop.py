@@ -53,6 +53,9 @@ def test_latex_escapes_what_latex_reads() -> None:
     assert text.count(r"\\") == 2
     assert "95 \\% bootstrap" in text
     assert text.startswith(r"\begin{table}")
+    report = _report()
+    report["systems"][0]["name"] = "a^b~c"
+    assert r"a\textasciicircum{}b\textasciitilde{}c &" in latex_table(report)
 
 
 def test_trec_eval_reads_our_run_and_qrels(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from eval.page import render_page, report_plots
 from eval.reference import reference_rows
 from eval.report import merge_reports, write_report
 from eval.results import Facts, SystemResult
-from eval.tables import format_table, markdown_table
+from eval.tables import format_table, markdown_table, plain_table
 from retrieval_kd.errors import DataError
 from retrieval_kd.runs import rank, read_trec
 from retrieval_kd.training.metrics import MEANS
@@ -409,3 +409,11 @@ def test_bytes_that_are_no_text_are_no_report(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_bytes(b'{"collection": "\xe9"}')
     with pytest.raises(DataError, match=r"report\.json: cannot read the report \(.*utf-8.*\); give a run's folder"):
         merge_reports([tmp_path])
+
+
+def test_names_are_shown_as_they_are() -> None:
+    """Rich would take [v1] and :bug: for markup, so that two systems get one name, and [/b] would end the command."""
+    names = ["bm25[k1=0.9]", ":bug:", "big[/b]"]
+    table = plain_table(["system[v2]", "nDCG@10"], [[name, "0.5"] for name in names])
+    assert [line.split()[0] for line in table.splitlines() if "0.5" in line] == names
+    assert "system[v2]" in table

@@ -129,6 +129,9 @@ def test_documents_that_are_not_those_encoded_are_refused(tmp_path: Path) -> Non
     owned = collection.owned(vectors)
     with pytest.raises(DataError, match="no document of documents has 'titel', did you mean 'title'"):
         build_index(owned, IndexSpec(), tmp_path, collection=collection, fields=["titel"])
+    empty = Documents({name: {"year": None} for name in "abc"})
+    with pytest.raises(DataError, match="--fields: 'year' is null in every document of documents; leave it out"):
+        build_index(empty.owned(vectors), IndexSpec(), tmp_path, collection=empty, fields=["year"])
 
 
 @pytest.mark.parametrize("name", ["docs.arrow", "positions.npy", "ids.arrow", "scales.npy"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from index.documents import field_types, record_batch
 from index.filters import And, Eq, Filter, In, Not, Or, Range, filter_from_json, matches, terms
 from index.search import Searcher
 from retrieval_kd.encoders.corpus import EncodedCorpus
-from retrieval_kd.errors import DataError
+from retrieval_kd.errors import DataError, did_you_mean
 
 COUNT = 2000
 # A value below SELECTED[name] is held by that share of the documents.
@@ -142,6 +143,27 @@ def test_malformed_filters_are_refused_by_place(raw: Any, message: str) -> None:
     """A filter that is half understood selects other documents than were asked for."""
     with pytest.raises(DataError, match=message):
         filter_from_json(raw)
+
+
+@pytest.mark.parametrize("key", ["and", "or", "not"])
+def test_a_filter_may_be_as_deep_as_the_limit_says(key: str) -> None:
+    """Levels counted by the dots of a place would let lists of filters go half as deep as servers promise."""
+
+    def nested(levels: int) -> dict[str, Any]:
+        raw: dict[str, Any] = {"eq": {"a.b": 1}}
+        for _ in range(levels - 1):
+            raw = {key: raw if key == "not" else [raw]}
+        return raw
+
+    assert list(terms(filter_from_json(nested(32)))) == [Eq("a.b", 1)]
+    with pytest.raises(DataError, match="more than 32 levels deep"):
+        filter_from_json(nested(33))
+
+
+def test_a_name_too_long_to_be_near_is_compared_with_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing takes the product of the lengths: two requests of 12 MB held up every other search for ten seconds."""
+    monkeypatch.setattr(difflib, "get_close_matches", lambda *_, **__: pytest.fail("compared"))
+    assert did_you_mean("year" * 4, ["year"]) == "; known: year"
 
 
 def test_a_filter_of_many_levels_is_refused() -> None:

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from index_helpers import KINDS, Documents, brute_force, card, clustered, corpus
 
 from index import delta as delta_module
+from index import updates as updates_module
 from index.build import build_index, retune
 from index.delta import Delta
 from index.filters import Eq, Filter, Range
@@ -793,3 +794,48 @@ def test_who_searches_a_state_sees_nothing_of_the_next(tmp_path: Path) -> None:
             assert (ours.doc_ids, ours.scores.tobytes()) == (theirs.doc_ids, theirs.scores.tobytes())
         assert before.base is None
         assert before.count == len(BASE.ids) + 2
+
+
+def test_an_update_that_failed_half_way_is_applied_whole_when_it_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short of memory once, a process would otherwise never find the documents of that update again."""
+    build_index(BASE, IndexSpec(), tmp_path)
+    with Searcher.open(tmp_path) as reader, Searcher.open(tmp_path) as writer:
+        writer.upsert(["first"], NEWS[:1])
+        assert reader.count == 201
+        writer.upsert([BASE.ids[3], "new"], NEWS[1:3])
+        norm = np.linalg.norm
+
+        def starved(*_: Any, **__: Any) -> Any:
+            raise MemoryError
+
+        monkeypatch.setattr(np.linalg, "norm", starved)
+        with pytest.raises(MemoryError):
+            reader.search(NEWS[1:2], 1)
+        monkeypatch.setattr(np.linalg, "norm", norm)
+        assert reader.count == writer.count == 202
+        assert [ranking.doc_ids for ranking in reader.search(NEWS[1:3], 1)] == [(BASE.ids[3],), ("new",)]
+
+
+def test_the_name_of_a_log_is_on_disk_before_anything_in_it_is_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut a log whose folder was never synced is not there, and a discarded one is there again."""
+    synced: list[Path] = []
+    monkeypatch.setattr(updates_module, "fsync_folder", synced.append)
+    update = Update(("a",), NEWS[:1], ({},))
+    log = tmp_path / UPDATES / "1.log"
+    UpdateLog(log).append(update)
+    # Its writer died just before: this one cannot know that the name is safe.
+    other = UpdateLog(log)
+    synced.clear()
+    other.append(update)
+    assert log.parent in synced
+    synced.clear()
+    other.append(update)
+    assert synced == []
+    other.replace([])
+    assert synced == [log.parent]
+    other.append(update)
+    assert synced.count(log.parent) == 2

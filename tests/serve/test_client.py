@@ -175,11 +175,17 @@ def negated(levels: int) -> dict[str, Any]:
         (lambda c: c.batch_search([]), "queries: has 0 entries; give 1 to 256"),
         (lambda c: c.batch_search(), "give either texts or vectors"),
         (lambda c: c.batch_search(vectors=[1.0, 2.0]), r"vectors of shape \(2,\); give \(n, d\)"),
+        (lambda c: c.batch_search(vectors=[[1.0], [1.0, 2.0]]), "batch_search: the vector is not an array of numbers"),
+        (lambda c: c.search(vector=["a"]), "search: the vector is not an array of numbers"),
         (lambda c: c.batch_search("abc"), "batch_search: give a list of texts, not one text"),
         (lambda c: c.embed("abc"), "embed: give a list of texts, not one text"),
         (lambda c: c.embed_stream([]), "embed_stream: texts has 0 entries; give at least 1"),
         (lambda c: c.embed_stream("abc"), "embed_stream: give a list of texts, not one text"),
         (lambda c: list(c.search_stream(["a"], top_k=-1)), "top_k: is -1; give 1 or more"),
+        (lambda c: list(c.search_stream("abc")), "search_stream: give a list of texts, not one text"),
+        (lambda c: c.search("a", top_k=2**32), r"top_k: is 4294967296; give less than 2\^32"),
+        (lambda c: c.search("a", options=Options(ef_search=-1)), "ef_search: is -1; give 1 or more"),
+        (lambda c: c.search("a", options=Options(rerank_depth=-1)), "rerank_depth: is -1; give 1 or more"),
         (lambda c: c.embed([""]), r"texts\[0\]: is blank"),
         (lambda c: c.embed(["a" * 20_000] * 900), "larger than max"),
         (lambda c: c.search("a\ud800"), r"search: 'a\\ud800' is not valid Unicode"),
@@ -368,3 +374,23 @@ def test_importing_the_client_loads_no_model_and_no_index_library() -> None:
     code = f"import sys, serve.client; sys.exit(str([name for name in {heavy} if name in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "[]"
+
+
+def test_a_closed_client_says_so(server: Running) -> None:
+    """Every failure is a ServeError; gRPC's own would pass by whoever handles those."""
+    client = RetrievalClient(server.target)
+    client.close()
+    with pytest.raises(ServeError, match=r"search: .*closed.* Make a new client"):
+        client.search("a")
+    with pytest.raises(ServeError, match=r"search_stream: .*closed"):
+        list(client.search_stream(["a"]))
+
+    async def asynchronous() -> None:
+        closed = AsyncRetrievalClient(server.target)
+        await closed.close()
+        with pytest.raises(ServeError, match=r"search: .*closed.* Make a new client"):
+            await closed.search("a")
+        with pytest.raises(ServeError, match=r"search_stream: .*closed"):
+            _ = [answer async for answer in closed.search_stream(["a"])]
+
+    asyncio.run(asynchronous())

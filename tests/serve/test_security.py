@@ -6,6 +6,7 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from google.rpc import error_details_pb2
 from serve_fakes import FakeSource, Running, Start
 from test_hot_swap import FIRST, SECOND, versions
@@ -140,6 +141,12 @@ def test_tokens_change_while_the_server_runs_and_a_broken_file_changes_nothing(
     known.authorise(PUBLISH, bearer(READ))
 
 
+def test_a_token_file_may_begin_with_a_byte_order_mark(tokens: Path) -> None:
+    """Editors write one that nobody sees; the first line would be refused for no visible reason."""
+    tokens.write_text(f"read {READ}\n", encoding="utf-8-sig")
+    TokenFile(tokens).authorise(SEARCH, bearer(READ))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -147,6 +154,7 @@ def test_tokens_change_while_the_server_runs_and_a_broken_file_changes_nothing(
         ("# only words\n", "has no token"),
         (f"read {READ}\nwrite {OTHER}\n", r"tokens:2: not 'read TOKEN' or 'admin TOKEN'"),
         ("read tooshort\n", r"tokens:1: the token has fewer than 16 characters"),
+        ("read übersechzehnzeichen\n", r"tokens:1: the token is not ASCII, so no header can carry it"),
     ],
 )
 def test_a_bad_token_file_is_refused_at_the_start(tokens: Path, text: str, message: str) -> None:
@@ -310,6 +318,25 @@ def test_a_key_that_is_not_the_certificates_is_refused_at_the_start(certificates
         server_credentials(certificates.files)
     with pytest.raises(ServeError, match=r"nowhere.pem: cannot be read"):
         server_credentials(CertificateFiles(Path("nowhere.pem"), certificates.files.key))
+
+
+def test_an_encrypted_key_is_refused_and_its_password_not_asked_for(certificates: Certificates) -> None:
+    """A server would otherwise wait at a prompt that nobody sees, and then blame the port."""
+    key = serialization.load_pem_private_key(certificates.files.key.read_bytes(), None)
+    locked = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"secret")
+    )
+    certificates.files.key.write_bytes(locked)
+    with pytest.raises(ServeError, match="not a certificate and its key without a password"):
+        server_credentials(certificates.files)
+
+
+def test_what_is_no_authority_is_named(certificates: Certificates, tmp_path: Path) -> None:
+    """Blaming the certificate and its key sends people to mend two files that are sound."""
+    (tmp_path / "junk.pem").write_text("hello")
+    files = CertificateFiles(certificates.files.certificate, certificates.files.key, tmp_path / "junk.pem")
+    with pytest.raises(ServeError, match=r"junk.pem: not certificates of authorities"):
+        server_credentials(files)
 
 
 def test_only_addresses_of_this_machine_are_served_in_plain_text(start: Start, certificates: Certificates) -> None:

@@ -388,6 +388,13 @@ def test_a_check_finds_a_taken_port_before_the_start_does(tmp_path: Path, option
         asyncio.run(check(taken))
 
 
+def test_a_check_blames_the_host_for_a_host_that_is_none(tmp_path: Path) -> None:
+    """Another port, which the message would otherwise ask for, never helps."""
+    config = ServeConfig(tmp_path, tmp_path, host="no such host", port=0, insecure=True)
+    with pytest.raises(ServeError, match=r"--host: cannot listen on no such host \(.*\); give an address"):
+        asyncio.run(check(config))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

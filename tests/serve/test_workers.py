@@ -25,7 +25,7 @@ from serve.client import RetrievalClient
 from serve.config import ServeConfig
 from serve.limits import Limits
 from serve.tls import CertificateFiles
-from serve.workers import run_workers
+from serve.workers import _Supervisor, _Worker, run_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 StartWorkers = Callable[..., tuple[subprocess.Popen[str], int]]
@@ -207,3 +207,19 @@ def test_the_configuration_reaches_the_workers_as_it_is() -> None:
     )
     assert ServeConfig.from_json(config.to_json()) == config
     assert ServeConfig.from_json(ServeConfig(Path("a"), Path("b")).to_json()) == ServeConfig(Path("a"), Path("b"))
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_workers_that_have_served_are_started_again_even_if_all_died(served: bool, tmp_path: Path) -> None:
+    """Two workers killed, and one again while it loads, would otherwise end a server that could go on."""
+    supervisor = _Supervisor(ServeConfig(tmp_path, tmp_path), dict(os.environ), served=served)
+    died = subprocess.Popen(["false"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    died.wait()
+    worker = _Worker(0, died, time.monotonic())
+    supervisor.workers.append(worker)
+    if served:
+        supervisor.tick()
+        assert worker.start_at is not None
+    else:
+        with pytest.raises(ServeError, match="worker 0 ended with 1 before it served"):
+            supervisor.tick()
