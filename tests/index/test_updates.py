@@ -330,6 +330,27 @@ def test_updates_to_a_version_that_became_current_during_the_build_are_handed_on
         assert searcher.fields(["first", "before", "after"], []) == [{}] * 3
 
 
+def test_the_version_a_build_began_with_is_not_collected_before_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log went with it, and an update that was acknowledged during the build was in no version any more."""
+    first, second = two_versions(tmp_path)
+    third = build_index(BASE, IndexSpec("hnsw"), tmp_path)
+    store = IndexStore(tmp_path)
+    store.publish_existing(second.name)
+
+    def left_and_collected() -> None:
+        upsert(tmp_path, "late")
+        store.publish_existing(third.name)
+        assert store.collect(keep=1) == [first.name]
+
+    during_the_build(monkeypatch, left_and_collected)
+    build_index(BASE, IndexSpec("fastscan"), tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        assert searcher.fields(["late"], []) == [{}]
+    assert store.collect(keep=1) == [second.name, third.name]
+
+
 def test_discarding_does_not_guess_which_updates_came_during_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
