@@ -64,6 +64,13 @@ class Changes:
             )
         return summed(self.updates)
 
+    def may_reuse(self, version: Path) -> bool:
+        """Return whether a build that comes to the same as a version that is there already may publish that one.
+
+        Updates of its own would come back with it, though the build began with another version, as after a rollback.
+        """
+        return version.name == self.version or not UpdateLog.of(self.store, version.name).path.exists()
+
     def hand_on(self, version: Path, discard: bool = False) -> None:
         """Give the updates that came while the build ran to its version; the caller holds :func:`writing`.
 

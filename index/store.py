@@ -95,7 +95,7 @@ class IndexStore:
         hand_on: Callable[[Path], None],
         works: Callable[[Path], bool],
     ) -> Path:
-        """Make a version current, writing it only if no version that works here holds the same.
+        """Make a version current, writing it only if no version that works holds the same.
 
         While it is written the current version takes updates, and another may become current.
 
@@ -103,7 +103,7 @@ class IndexStore:
             fingerprint: Identity of what the version holds.
             write: Writes the version's files into the empty folder it is given and returns what they are.
             hand_on: Called with the version just before it becomes the current one; no update comes in between.
-            works: Says whether a version that is there already can be used on this machine.
+            works: Says whether a version that is there already can be used, by this build and on this machine.
 
         Returns:
             The version's folder.

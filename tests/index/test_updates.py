@@ -351,6 +351,29 @@ def test_the_version_a_build_began_with_is_not_collected_before_it_ends(
     assert store.collect(keep=1) == [second.name, third.name]
 
 
+@pytest.mark.parametrize("again", ["build", "tune"])
+def test_what_was_rolled_back_does_not_return_with_a_version_of_the_same_content(tmp_path: Path, again: str) -> None:
+    """A build after a rollback published the version that was left once more, the mistaken deletions in its log too."""
+    first = build_index(BASE, IndexSpec("hnsw"), tmp_path)
+    upsert(tmp_path, "first")
+
+    def next_version() -> Path:
+        return build_index(BASE, IndexSpec(), tmp_path) if again == "build" else retune(tmp_path, corpus(ASKED), 0.5)
+
+    second = next_version()
+    with Searcher.open(tmp_path) as mistaken:
+        mistaken.delete(BASE.ids[:3])
+    assert IndexStore(tmp_path).rollback() == first
+    third = next_version()
+    assert third not in (first, second)
+    with Searcher.open(tmp_path) as searcher:
+        assert searcher.fields(["first", *BASE.ids[:3]], []) == [{}] * 4
+    assert next_version() == third
+    IndexStore(tmp_path).publish_existing(second.name)
+    with Searcher.open(tmp_path) as searcher:
+        assert searcher.count == len(BASE.ids) - 2, "what was acknowledged stays with its version"
+
+
 def test_discarding_does_not_guess_which_updates_came_during_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
