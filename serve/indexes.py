@@ -62,6 +62,9 @@ class DocumentSearcher(Protocol):
     def field_types(self) -> dict[str, str]:
         """Return what each stored field holds, by name."""
 
+    def snapshot(self) -> DocumentSearcher:
+        """Return a view that sees nothing of later changes; good as long as the version is open."""
+
     def search(
         self,
         vectors: Vectors,

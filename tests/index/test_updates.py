@@ -837,3 +837,25 @@ def test_who_searches_a_state_sees_nothing_of_the_next(tmp_path: Path) -> None:
             assert (ours.doc_ids, ours.scores.tobytes()) == (theirs.doc_ids, theirs.scores.tobytes())
         assert before.base is None
         assert before.count == len(BASE.ids) + 2
+
+
+def test_a_snapshot_has_the_fields_its_search_went_by(tmp_path: Path) -> None:
+    """An upsert between ranking and fields gave hits that their own filter does not match."""
+    searcher, _, _ = opened_with_fields(tmp_path)
+    own, other, added, gone = BASE.ids[0], BASE.ids[1], "new", "gone"
+    untouched = searcher.snapshot()
+    searcher.upsert([own, added, gone], NEWS[:3], [{"year": 1}, {"year": 1}, {"year": 1}])
+    searcher.delete([gone])
+    before = searcher.snapshot()
+    searcher.delete([own])
+    # Many, so that the states after it have arrays of their own.
+    for i in range(100):
+        searcher.upsert([other, added, gone], NEWS[i % 9 :][:3], [{"year": 2}, {"year": 2}, {"year": 2}])
+    assert before.search(NEWS[:1], 5, filter=Eq("year", 1))[0].doc_ids == (own, added)
+    assert before.fields([own, other, added], ["year"]) == [{"year": 1}, {"year": 2001}, {"year": 1}]
+    assert untouched.fields([own, other], ["year"]) == [{"year": 2000}, {"year": 2001}]
+    assert searcher.fields([other, added, gone], ["year"]) == [{"year": 2}] * 3
+    assert [untouched.count, before.count, searcher.count] == [200, 201, 201]
+    for state, missing in [(untouched, added), (before, gone), (searcher, own)]:
+        with pytest.raises(DataError, match=f"no document '{missing}'"):
+            state.fields([missing], ["year"])

@@ -424,6 +424,32 @@ def test_a_real_store_takes_changes_that_other_servers_see_at_once(start: Start,
             one.upsert([Document("x", text="a", fields={"colour": "red"})])
 
 
+@pytest.mark.parametrize("how", ["alone", "filtered", "batch", "reranked"])
+def test_a_hit_has_the_fields_it_was_found_by(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """An upsert between ranking and fields gave hits that their own filter does not match."""
+    running = start(searcher=real_store(tmp_path / "store", 30), reranker=FakeReranker())
+    build = service._ranked_hits
+
+    def changed_meanwhile(ranking: Ranking) -> list[pb.Hit]:
+        with Searcher.open(tmp_path / "store") as writer:
+            vector = FakeEncoder().texts_vectors(["text 3"])
+            writer.upsert(["doc-3"], vector, [{"title": "t", "text": "x", "number": 1}])
+        return build(ranking)
+
+    monkeypatch.setattr(service, "_ranked_hits", changed_meanwhile)
+    options = Options(fields=["number"], filter={"eq": {"number": 3}} if how == "filtered" else None)
+    if how == "reranked":
+        options = Options(fields=["number"], rerank_depth=30)
+    with RetrievalClient(running.target) as client:
+        if how == "batch":
+            hits = client.batch_search(["text 3", "text 4"], options=options)[0].hits
+        else:
+            hits = client.search("text 3", top_k=30, options=options).hits
+    assert [hit.fields for hit in hits if hit.doc_id == "doc-3"] == [{"number": 3}]
+
+
 def test_a_change_between_a_publish_and_the_next_look_at_the_pointer_is_sent_again(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
