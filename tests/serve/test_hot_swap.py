@@ -135,13 +135,21 @@ def test_a_bad_version_found_by_polling_is_tried_once_and_again_when_asked(
     assert source.opened.count(SECOND) == 2
 
 
-@pytest.mark.parametrize("where", ["current", "open"])
+@pytest.mark.parametrize(
+    ("where", "lack"),
+    [
+        ("current", OSError(errno.EMFILE, "Too many open files")),
+        ("open", OSError(errno.EMFILE, "Too many open files")),
+        ("open", MemoryError("no memory")),
+        ("current", RuntimeError("can't start new thread")),
+    ],
+)
 def test_the_store_is_followed_on_after_an_error_of_the_machine(
-    admin: RetrievalClient, source: FakeSource, where: str, caplog: pytest.LogCaptureFixture
+    admin: RetrievalClient, source: FakeSource, where: str, lack: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without it one moment without a free file descriptor would end all following, in silence, until a restart."""
     sound = getattr(source, where)
-    failures = [OSError(errno.EMFILE, "Too many open files")]
+    failures = [lack]
 
     def failing_once(*arguments: object) -> object:
         if failures:
@@ -151,7 +159,7 @@ def test_the_store_is_followed_on_after_an_error_of_the_machine(
     setattr(source, where, failing_once)
     source.pointer = SECOND
     until(lambda: admin.search("a").index_version == SECOND)
-    said = [record.getMessage() for record in caplog.records if "Too many open files" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if str(lack) in record.getMessage()]
     assert any("the index that is served stays" in line for line in said)
     assert not any("\n" in line for line in said)
 
