@@ -135,7 +135,10 @@ def build_index(
         return finished
 
     return IndexStore(store).publish(
-        content.fingerprint, write, functools.partial(changes.hand_on, discard=discard_updates), passes_self_test
+        content.fingerprint,
+        write,
+        functools.partial(changes.hand_on, discard=discard_updates),
+        lambda version: (discard_updates or changes.may_reuse(version)) and passes_self_test(version),
     )
 
 
@@ -182,8 +185,13 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
             make_probes(folder, finished, probes).save(folder)
             return finished
 
-        hand_on = Changes(store, source.name, [], START).hand_on
-        return IndexStore(store).publish(content.fingerprint, write, hand_on, passes_self_test)
+        changes = Changes(store, source.name, [], START)
+        return IndexStore(store).publish(
+            content.fingerprint,
+            write,
+            changes.hand_on,
+            lambda version: changes.may_reuse(version) and passes_self_test(version),
+        )
     finally:
         lease.release()
 

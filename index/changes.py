@@ -9,7 +9,7 @@ from pathlib import Path
 from index.documents import record_batch
 from index.manifest import IndexManifest
 from index.merge import NO_UPDATE
-from index.store import VERSIONS, IndexStore
+from index.store import VERSIONS, IndexStore, Lease, hold
 from index.updates import FOLDED, START, Place, Update, UpdateLog, summed
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.errors import ArtifactError, DataError
@@ -24,26 +24,29 @@ class Changes:
         version: The version that is current; empty when there is none.
         updates: Those that were folded into it, then those in its log.
         read_to: Where in its log the next one will be.
+        lease: Keeps the version, and with it what is still to come into its log, from being collected.
     """
 
     store: Path
     version: str
     updates: Sequence[Update]
     read_to: Place
+    lease: Lease | None = None
 
     @classmethod
     def of(cls, store: Path) -> Changes:
         """Read the updates of the current version.
 
         Raises:
-            ArtifactError: a log is damaged; names it.
+            ArtifactError: a log is damaged, or the version is just being removed; names it.
         """
         version = _current(store)
         if version is None:
             return cls(store, "", (), START)
+        lease = hold(version)
         folded = UpdateLog(version / FOLDED).read().updates
         news, read_to, _ = UpdateLog.of(store, version.name).read()
-        return cls(store, version.name, [*folded, *news], read_to)
+        return cls(store, version.name, [*folded, *news], read_to, lease)
 
     def since_first(self, encoder: EncoderCard) -> Update:
         """Return the sum of all updates.
@@ -60,6 +63,13 @@ class Changes:
                 "those documents with the corpus and discard the updates"
             )
         return summed(self.updates)
+
+    def may_reuse(self, version: Path) -> bool:
+        """Return whether a build that comes to the same as a version that is there already may publish that one.
+
+        Updates of its own would come back with it, though the build began with another version, as after a rollback.
+        """
+        return version.name == self.version or not UpdateLog.of(self.store, version.name).path.exists()
 
     def hand_on(self, version: Path, discard: bool = False) -> None:
         """Give the updates that came while the build ran to its version; the caller holds :func:`writing`.

@@ -36,8 +36,8 @@ class Delta:
         ids: The version's own documents.
         doc_ids: The document of each row.
         fields: What is stored with it.
-        places: The row of every document that an update names, in the newest state; below 0 when it was deleted. The
-            version's own vector of it is no longer searched.
+        places: The rows of every document that an update names, ascending, those of later states too; none when it was
+            only deleted.
         vectors: float32 ``[room, d]``, as the version stores them.
         living: bool ``[rows]``, which rows nothing replaced or deleted.
         longest: No vector is longer.
@@ -49,7 +49,7 @@ class Delta:
     ids: DocumentIds
     doc_ids: list[str]
     fields: list[Mapping[str, Any]]
-    places: dict[str, int]
+    places: dict[str, list[int]]
     vectors: Vectors
     living: Mask
     longest: float = 0.0
@@ -78,7 +78,7 @@ class Delta:
         if self.content.fields:
             batches = _joined(batches, record_batch(update.fields, self.content.fields))
         touched = (*update.doc_ids, *update.deleted)
-        replaced = [place for doc_id in touched if (place := self.places.get(doc_id, -1)) >= 0]
+        replaced = [rows[-1] for doc_id in touched if (rows := self.places.get(doc_id))]
         living = np.ones(end, dtype=bool)
         living[:begin] = self.living
         living[replaced] = False
@@ -88,17 +88,23 @@ class Delta:
         self.fields[begin:] = update.fields
         base = self._base_without([doc_id for doc_id in touched if doc_id not in self.places])
         lengths = np.linalg.norm(stored.astype(np.float64), axis=1)
-        # Last, and of what is there already: one that failed half way would take its own documents for replaced.
-        self.places.update({doc_id: begin + i for i, doc_id in enumerate(update.doc_ids)})
-        self.places.update(dict.fromkeys(update.deleted, -1))
+        # Last: an update that failed half way and comes again would take its own documents for replaced ones.
+        for row, doc_id in enumerate(update.doc_ids, begin):
+            self.places.setdefault(doc_id, []).append(row)
+        for doc_id in update.deleted:
+            self.places.setdefault(doc_id, [])
         return replace(
             self, living=living, longest=float(lengths.max(initial=self.longest)), batches=batches, base=base
         )
 
     def held(self, doc_id: str) -> Mapping[str, Any] | None:
-        """Return what is stored with a document that an update names; None when it was deleted."""
-        place = self.places[doc_id]
-        return None if place < 0 else self.fields[place]
+        """Return what is stored with a document that an update added or replaced; None when it is gone, or none did."""
+        rows = (row for row in reversed(self.places.get(doc_id, [])) if row < len(self.living) and self.living[row])
+        return next((self.fields[row] for row in rows), None)
+
+    def hides(self, row: int) -> bool:
+        """Return whether one of the version's own documents is no longer searched."""
+        return self.base is not None and not self.base.mask[row]
 
     def search(self, queries: Vectors, k: int, wanted: Filter | None, types: Mapping[str, str]) -> list[Scored]:
         """Return each query's best ``k`` of the updated documents that match."""
@@ -129,7 +135,8 @@ class Delta:
         vectors = np.empty((room, self.content.dimension), dtype=np.float32)
         vectors[: len(kept)] = self.vectors[kept]
         doc_ids, fields = [self.doc_ids[row] for row in kept], [self.fields[row] for row in kept]
-        places = dict.fromkeys(self.places, -1) | {doc_id: row for row, doc_id in enumerate(doc_ids)}
+        places: dict[str, list[int]] = {doc_id: [] for doc_id in self.places}
+        places |= {doc_id: [row] for row, doc_id in enumerate(doc_ids)}
         batches = (record_batch(fields, self.content.fields),) if self.content.fields else ()
         return replace(
             self,

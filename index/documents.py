@@ -21,10 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from index.files import sound
 from index.filters import Filter, Mask, matches
 from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.collections.base import Document
-from retrieval_kd.errors import ArtifactError, DataError, did_you_mean
+from retrieval_kd.errors import DataError, did_you_mean
 
 DOCUMENTS = "docs.arrow"
 POSITIONS = "positions.npy"
@@ -136,16 +137,12 @@ class StoredDocuments:
             ArtifactError: one of them is missing or not what was written; names it.
         """
         path = folder / DOCUMENTS
-        try:
+        with sound(path, "not a file of stored fields", pa.ArrowInvalid, KeyError, TypeError):
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
             types = {field.name: field.metadata[b"holds"].decode() for field in reader.schema}
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: not a file of stored fields ({error}); build the index again") from None
-        try:
+        with sound(folder / POSITIONS, "cannot map it", ValueError):
             positions = np.load(folder / POSITIONS, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{folder / POSITIONS}: cannot map it ({error}); build the index again") from None
         return cls(batches, types, np.asarray(positions))
 
     @property

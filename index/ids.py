@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from index.files import sound
 from index.vectors import Rows
 from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.collections.files import checked_id
@@ -51,10 +52,8 @@ class DocumentIds:
         Raises:
             ArtifactError: the file is missing or not what was written.
         """
-        try:
+        with sound(path, "not a file of ids", pa.ArrowInvalid):
             batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(f"{path}: not a file of ids ({error}); build the index again") from None
         if batch.schema != _SCHEMA:
             found = ", ".join(f"{field.name}: {field.type}" for field in batch.schema)
             raise ArtifactError(f"{path}: not a file of ids (it has {found}); build the index again")

@@ -27,6 +27,7 @@ import numpy as np
 
 from index import gpu
 from index.ann import Selection, faiss
+from index.files import sound
 from index.filters import Mask
 from index.threads import faiss_threads
 from index.vectors import BLOCK_ROWS, Rows, StoredVectors
@@ -300,4 +301,7 @@ def _mapped(path: Path, flags: int) -> Any:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC | flags)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
+        # faiss gives no number: where descriptors ran out, the file cannot be opened here either.
+        with sound(path, reason):
+            path.open("rb").close()
         raise ArtifactError(f"{path}: not an index faiss can read ({reason}); build the index again") from None

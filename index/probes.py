@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from index.files import sound
 from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.encoders.base import Vectors
-from retrieval_kd.errors import ArtifactError
 from retrieval_kd.runs import Scores
 
 PROBES = "probes.npz"
@@ -49,11 +49,8 @@ class Probes:
             ArtifactError: the file is missing or not what was written.
         """
         path = folder / PROBES
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return cls(arrays["queries"], arrays["rows"], arrays["scores"])
-        except (OSError, ValueError, KeyError) as error:
-            raise ArtifactError(f"{path}: not a file of probes ({error}); build the index again") from None
+        with sound(path, "not a file of probes", ValueError, KeyError), np.load(path, allow_pickle=False) as arrays:
+            return cls(arrays["queries"], arrays["rows"], arrays["scores"])
 
 
 def evenly_spaced(count: int, wanted: int) -> npt.NDArray[np.int64]:

@@ -8,6 +8,7 @@ of their own, so a kind only proposes. What of its proposals can be among the be
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Sequence
@@ -160,6 +161,7 @@ class Searcher:
         self._read_to = START
         self._seen = (0, 0, 0)
         self._delta: Delta | None = None
+        self._is_snapshot = False
         self._refresh()
 
     @classmethod
@@ -197,6 +199,15 @@ class Searcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def snapshot(self) -> Self:
+        """Return a view that sees nothing of later updates, so that fields are those that a search went by.
+
+        It may be asked as long as this searcher is open.
+        """
+        view = copy.copy(self)
+        view._delta, view._is_snapshot = self._refresh(), True
+        return view
 
     @property
     def version(self) -> str:
@@ -407,11 +418,11 @@ class Searcher:
         return Selection(mask if unchanged is None else mask & unchanged.mask, by_filter=True)
 
     def _fields(self, doc_id: str, names: Sequence[str], delta: Delta | None) -> dict[str, Any]:
-        if delta is not None and doc_id in delta.places:
-            if (held := delta.held(doc_id)) is None:
-                raise DataError(f"the index has no document {doc_id!r}")
+        if delta is not None and (held := delta.held(doc_id)) is not None:
             return {name: held[name] for name in names if held.get(name) is not None}
         (row,) = self._opened.ids.rows([doc_id])
+        if delta is not None and delta.hides(row):
+            raise DataError(f"the index has no document {doc_id!r}")
         return {} if self._opened.documents is None else self._opened.documents.fields([row], names)[0]
 
     def _change(self, update: Update) -> None:
@@ -428,7 +439,7 @@ class Searcher:
 
     def _refresh(self) -> Delta | None:
         """Return the changes until now, those of other processes included."""
-        if self._log.state == self._seen:
+        if self._is_snapshot or self._log.state == self._seen:
             return self._delta
         with self._refreshing:
             state = self._log.state

@@ -31,6 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from index.files import is_passing
 from index.manifest import IndexContent, IndexManifest, check_files
 from index.updates import UpdateLog, writing
 from retrieval_kd.artifacts import (
@@ -95,7 +96,7 @@ class IndexStore:
         hand_on: Callable[[Path], None],
         works: Callable[[Path], bool],
     ) -> Path:
-        """Make a version current, writing it only if no version that works here holds the same.
+        """Make a version current, writing it only if no version that works holds the same.
 
         While it is written the current version takes updates, and another may become current.
 
@@ -103,7 +104,7 @@ class IndexStore:
             fingerprint: Identity of what the version holds.
             write: Writes the version's files into the empty folder it is given and returns what they are.
             hand_on: Called with the version just before it becomes the current one; no update comes in between.
-            works: Says whether a version that is there already can be used on this machine.
+            works: Says whether a version that is there already can be used, by this build and on this machine.
 
         Returns:
             The version's folder.
@@ -307,14 +308,18 @@ def hold(version: Path) -> Lease:
     manifest = version / MANIFEST
     try:
         descriptor = os.open(manifest, os.O_RDONLY)
-    except OSError:
+    except OSError as error:
+        if is_passing(error):
+            raise
         raise ArtifactError(f"{version}: no {MANIFEST}, so this is no index version; build the index") from None
     lease = Lease(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         # The collector may have renamed the folder between the opening of the file and its locking.
         still_there = manifest.stat().st_ino == os.fstat(descriptor).st_ino
-    except OSError:
+    except OSError as error:
+        if is_passing(error):
+            raise
         still_there = False
     if not still_there:
         lease.release()

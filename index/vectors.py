@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from index.ann import faiss
+from index.files import sound
 from retrieval_kd.artifacts import atomic_write
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.corpus import VECTORS
@@ -212,10 +213,8 @@ def _encoded(block: Vectors, storage: Storage, scales: Vectors | None) -> npt.ND
 
 
 def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
-    try:
+    with sound(path, "cannot map it", ValueError):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: cannot map it ({error}); build the index again") from None
     if array.ndim != 2 or array.dtype != np.dtype(dtype):
         raise ArtifactError(f"{path}: {array.dtype} {array.shape}, not a matrix of {dtype}; build the index again")
     return np.asarray(array)

@@ -62,6 +62,9 @@ class DocumentSearcher(Protocol):
     def field_types(self) -> dict[str, str]:
         """Return what each stored field holds, by name."""
 
+    def snapshot(self) -> DocumentSearcher:
+        """Return a view that sees nothing of later changes; good as long as the version is open."""
+
     def search(
         self,
         vectors: Vectors,
@@ -379,8 +382,8 @@ class IndexHost:
             opening.add_done_callback(_close_unused)
             raise
         except Exception as error:
-            # What the machine lacks for a moment, such as a free file descriptor, says nothing about the version.
-            if not isinstance(error, OSError):
+            # What the machine lacks for a moment, a descriptor or memory, says nothing about the version.
+            if not isinstance(error, OSError | MemoryError):
                 self._refused = version
             self._metrics.index_refused()
             _log.error("index version %s was refused: %s", version, error)
@@ -418,5 +421,5 @@ async def watch(host: IndexHost, seconds: float, reload: asyncio.Event) -> None:
             await host.follow(again)
         except NotReadyError:
             continue
-        except (RkdError, OSError) as error:
-            _log.error("the index that is served stays: %s", error)
+        except Exception as error:  # noqa: BLE001  whoever stopped following would serve one version for ever
+            _log.error("the index that is served stays: %s", error or type(error).__name__)

@@ -27,7 +27,8 @@ from serve.indexes import DocumentSearcher, IndexHandle
 
 T = TypeVar("T")
 Finish = Callable[[DocumentSearcher, Sequence[Ranking], int], T]
-"""Makes an answer of the rankings, given when they were found (:func:`time.perf_counter_ns`)."""
+"""Makes an answer of the rankings, given the state of the index that they are of and when they were found
+(:func:`time.perf_counter_ns`)."""
 SearchPart = Callable[[DocumentSearcher, Vectors], Sequence[Ranking]]
 """Finds a ranking for each row, float32 ``[n, d]``."""
 _SECONDS_TOGETHER = 0.005
@@ -126,7 +127,7 @@ class Searches:
         return answer
 
     def _search_in_parts(self, searcher: DocumentSearcher, batch: _Batch) -> Any:
-        rankings: list[Ranking] = []
+        searcher, rankings = searcher.snapshot(), list[Ranking]()
         began = started = time.perf_counter()
         # How long these queries take, whose filter or effort may be like nobody else's, only they can tell.
         done, size = 0, min(_MOST_TOGETHER, self._backlog.within(_SECONDS_A_PART))
@@ -302,6 +303,7 @@ class Searches:
 def _outcomes(searcher: DocumentSearcher, k: int, part: Sequence[_Search]) -> list[Any]:
     """Return an answer, or what went wrong, for each search; the trouble of one is not that of the others."""
     try:
+        searcher = searcher.snapshot()
         rankings = searcher.search(np.concatenate([one.vector for one in part]), k)
         found = time.perf_counter_ns()
         return [_finished(searcher, one, ranking, found) for one, ranking in zip(part, rankings, strict=True)]

@@ -294,18 +294,20 @@ async def _rank(
         timings.search_ns = found - started
         return finish(searcher, rankings, timings)
 
-    def candidates(_: DocumentSearcher, rankings: Sequence[Ranking], found: int) -> Sequence[Ranking]:
+    def candidates(
+        searcher: DocumentSearcher, rankings: Sequence[Ranking], found: int
+    ) -> tuple[DocumentSearcher, Sequence[Ranking]]:
         timings.search_ns = found - started
-        return rankings
+        return searcher, rankings
 
     if reranker is None:
         return await _searched(engine, handle, vectors, k, options, left(), answer)
     depth = max(k, options.rerank_depth)
-    first = await _searched(engine, handle, vectors, depth, options, left(), candidates)
+    state, first = await _searched(engine, handle, vectors, depth, options, left(), candidates)
     started = time.perf_counter_ns()
-    rankings = await _reranked(engine, reranker, handle, [query.text for query in queries], first, k, left())
+    rankings = await _reranked(engine, reranker, handle, [query.text for query in queries], state, first, k, left())
     timings.rescore_ns = time.perf_counter_ns() - started
-    return await engine.searches.run(handle, lambda searcher: finish(searcher, rankings, timings))
+    return await engine.searches.run(handle, lambda _: finish(state, rankings, timings))
 
 
 async def _searched(
@@ -350,7 +352,7 @@ def _fields(searcher: DocumentSearcher, rankings: Sequence[Ranking], wanted: Seq
 
 
 def _stored(searcher: DocumentSearcher, doc_ids: Sequence[str], names: Sequence[str]) -> Fields:
-    """Return documents' stored fields; one that was deleted since it was found has none."""
+    """Return documents' stored fields; one that the index does not have has none."""
     try:
         return searcher.fields(doc_ids, names)
     except DataError:
@@ -368,12 +370,13 @@ async def _reranked(
     reranker: Reranker,
     handle: IndexHandle,
     queries: Sequence[str],
+    state: DocumentSearcher,
     rankings: Sequence[Ranking],
     k: int,
     seconds: float,
 ) -> list[Ranking]:
-    def candidates(searcher: DocumentSearcher) -> list[Candidates]:
-        texts = [_stored_texts(searcher, ranking.doc_ids) if ranking.doc_ids else {} for ranking in rankings]
+    def candidates(_: DocumentSearcher) -> list[Candidates]:
+        texts = [_stored_texts(state, ranking.doc_ids) if ranking.doc_ids else {} for ranking in rankings]
         return [Candidates(query, list(some.values())) for query, some in zip(queries, texts, strict=True)]
 
     logits = await engine.rerank(reranker, await engine.searches.run(handle, candidates), seconds)

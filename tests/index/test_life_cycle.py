@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import multiprocessing
+import os
+import resource
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -278,3 +282,32 @@ def test_sizes_alone_are_checked_on_request(tmp_path: Path) -> None:
     path.write_bytes(content[:-1])
     with pytest.raises(ArtifactError, match=r"vectors\.npy"):
         Searcher.open(version, check="sizes")
+
+
+@pytest.mark.parametrize("kind", ["exact", "fastscan", "hnsw"])
+def test_a_version_is_not_damaged_where_descriptors_run_out(tmp_path: Path, kind: str) -> None:
+    """A server that took a sound version for a damaged one would not try it again when descriptors are free."""
+    version = build_index(CORPORA[0], IndexSpec(kind), tmp_path)
+    with Searcher.open(version) as searcher:
+        searcher.self_test()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    hogs: list[int] = []
+    outcomes = set()
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                hogs.append(os.open(os.devnull, os.O_RDONLY))
+        for _ in range(12):
+            try:
+                with Searcher.open(version) as searcher:
+                    searcher.self_test()
+                outcomes.add("opened")
+            except OSError as error:
+                outcomes.add(errno.errorcode[error.errno or 0])
+            os.close(hogs.pop())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in hogs:
+            os.close(descriptor)
+    assert outcomes == {"EMFILE", "opened"}

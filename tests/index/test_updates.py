@@ -331,6 +331,50 @@ def test_updates_to_a_version_that_became_current_during_the_build_are_handed_on
         assert searcher.fields(["first", "before", "after"], []) == [{}] * 3
 
 
+def test_the_version_a_build_began_with_is_not_collected_before_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log went with it, and an update that was acknowledged during the build was in no version any more."""
+    first, second = two_versions(tmp_path)
+    third = build_index(BASE, IndexSpec("hnsw"), tmp_path)
+    store = IndexStore(tmp_path)
+    store.publish_existing(second.name)
+
+    def left_and_collected() -> None:
+        upsert(tmp_path, "late")
+        store.publish_existing(third.name)
+        assert store.collect(keep=1) == [first.name]
+
+    during_the_build(monkeypatch, left_and_collected)
+    build_index(BASE, IndexSpec("fastscan"), tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        assert searcher.fields(["late"], []) == [{}]
+    assert store.collect(keep=1) == [second.name, third.name]
+
+
+@pytest.mark.parametrize("again", ["build", "tune"])
+def test_what_was_rolled_back_does_not_return_with_a_version_of_the_same_content(tmp_path: Path, again: str) -> None:
+    """A build after a rollback published the version that was left once more, the mistaken deletions in its log too."""
+    first = build_index(BASE, IndexSpec("hnsw"), tmp_path)
+    upsert(tmp_path, "first")
+
+    def next_version() -> Path:
+        return build_index(BASE, IndexSpec(), tmp_path) if again == "build" else retune(tmp_path, corpus(ASKED), 0.5)
+
+    second = next_version()
+    with Searcher.open(tmp_path) as mistaken:
+        mistaken.delete(BASE.ids[:3])
+    assert IndexStore(tmp_path).rollback() == first
+    third = next_version()
+    assert third not in (first, second)
+    with Searcher.open(tmp_path) as searcher:
+        assert searcher.fields(["first", *BASE.ids[:3]], []) == [{}] * 4
+    assert next_version() == third
+    IndexStore(tmp_path).publish_existing(second.name)
+    with Searcher.open(tmp_path) as searcher:
+        assert searcher.count == len(BASE.ids) - 2, "what was acknowledged stays with its version"
+
+
 def test_discarding_does_not_guess_which_updates_came_during_the_build(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -839,3 +883,25 @@ def test_the_name_of_a_log_is_on_disk_before_anything_in_it_is_acknowledged(
     assert synced == [log.parent]
     other.append(update)
     assert synced.count(log.parent) == 2
+
+
+def test_a_snapshot_has_the_fields_its_search_went_by(tmp_path: Path) -> None:
+    """An upsert between ranking and fields gave hits that their own filter does not match."""
+    searcher, _, _ = opened_with_fields(tmp_path)
+    own, other, added, gone = BASE.ids[0], BASE.ids[1], "new", "gone"
+    untouched = searcher.snapshot()
+    searcher.upsert([own, added, gone], NEWS[:3], [{"year": 1}, {"year": 1}, {"year": 1}])
+    searcher.delete([gone])
+    before = searcher.snapshot()
+    searcher.delete([own])
+    # Many, so that the states after it have arrays of their own.
+    for i in range(100):
+        searcher.upsert([other, added, gone], NEWS[i % 9 :][:3], [{"year": 2}, {"year": 2}, {"year": 2}])
+    assert before.search(NEWS[:1], 5, filter=Eq("year", 1))[0].doc_ids == (own, added)
+    assert before.fields([own, other, added], ["year"]) == [{"year": 1}, {"year": 2001}, {"year": 1}]
+    assert untouched.fields([own, other], ["year"]) == [{"year": 2000}, {"year": 2001}]
+    assert searcher.fields([other, added, gone], ["year"]) == [{"year": 2}] * 3
+    assert [untouched.count, before.count, searcher.count] == [200, 201, 201]
+    for state, missing in [(untouched, added), (before, gone), (searcher, own)]:
+        with pytest.raises(DataError, match=f"no document '{missing}'"):
+            state.fields([missing], ["year"])

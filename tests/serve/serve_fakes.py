@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -114,6 +114,10 @@ class FakeSearcher:
     def count(self) -> int:
         """Return the number of documents."""
         return len(self.ids)
+
+    def snapshot(self) -> Self:
+        """Return itself: it keeps no earlier states."""
+        return self
 
     def search(
         self,

@@ -135,13 +135,21 @@ def test_a_bad_version_found_by_polling_is_tried_once_and_again_when_asked(
     assert source.opened.count(SECOND) == 2
 
 
-@pytest.mark.parametrize("where", ["current", "open"])
+@pytest.mark.parametrize(
+    ("where", "lack"),
+    [
+        ("current", OSError(errno.EMFILE, "Too many open files")),
+        ("open", OSError(errno.EMFILE, "Too many open files")),
+        ("open", MemoryError("no memory")),
+        ("current", RuntimeError("can't start new thread")),
+    ],
+)
 def test_the_store_is_followed_on_after_an_error_of_the_machine(
-    admin: RetrievalClient, source: FakeSource, where: str, caplog: pytest.LogCaptureFixture
+    admin: RetrievalClient, source: FakeSource, where: str, lack: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without it one moment without a free file descriptor would end all following, in silence, until a restart."""
     sound = getattr(source, where)
-    failures = [OSError(errno.EMFILE, "Too many open files")]
+    failures = [lack]
 
     def failing_once(*arguments: object) -> object:
         if failures:
@@ -151,7 +159,7 @@ def test_the_store_is_followed_on_after_an_error_of_the_machine(
     setattr(source, where, failing_once)
     source.pointer = SECOND
     until(lambda: admin.search("a").index_version == SECOND)
-    said = [record.getMessage() for record in caplog.records if "Too many open files" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if str(lack) in record.getMessage()]
     assert any("the index that is served stays" in line for line in said)
     assert not any("\n" in line for line in said)
 
@@ -422,6 +430,32 @@ def test_a_real_store_takes_changes_that_other_servers_see_at_once(start: Start,
         assert {hit.fields["number"] for hit in one.search("text 4", options=only).hits} == {3, 4, 5}
         with pytest.raises(ServeError, match=r"documents: .*colour"):
             one.upsert([Document("x", text="a", fields={"colour": "red"})])
+
+
+@pytest.mark.parametrize("how", ["alone", "filtered", "batch", "reranked"])
+def test_a_hit_has_the_fields_it_was_found_by(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """An upsert between ranking and fields gave hits that their own filter does not match."""
+    running = start(searcher=real_store(tmp_path / "store", 30), reranker=FakeReranker())
+    build = service._ranked_hits
+
+    def changed_meanwhile(ranking: Ranking) -> list[pb.Hit]:
+        with Searcher.open(tmp_path / "store") as writer:
+            vector = FakeEncoder().texts_vectors(["text 3"])
+            writer.upsert(["doc-3"], vector, [{"title": "t", "text": "x", "number": 1}])
+        return build(ranking)
+
+    monkeypatch.setattr(service, "_ranked_hits", changed_meanwhile)
+    options = Options(fields=["number"], filter={"eq": {"number": 3}} if how == "filtered" else None)
+    if how == "reranked":
+        options = Options(fields=["number"], rerank_depth=30)
+    with RetrievalClient(running.target) as client:
+        if how == "batch":
+            hits = client.batch_search(["text 3", "text 4"], options=options)[0].hits
+        else:
+            hits = client.search("text 3", top_k=30, options=options).hits
+    assert [hit.fields for hit in hits if hit.doc_id == "doc-3"] == [{"number": 3}]
 
 
 def test_a_change_between_a_publish_and_the_next_look_at_the_pointer_is_sent_again(
