@@ -30,9 +30,10 @@ def sound(path: Path, otherwise: str, *errors: type[Exception]) -> Iterator[None
         ArtifactError: the file is missing or torn; names it.
         OSError: the machine has no descriptor or memory left for it.
     """
+    torn: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
-    except (OSError, *errors) as error:
+    except torn as error:
         if is_passing(error):
             raise
         raise ArtifactError(f"{path}: {otherwise} ({error}); build the index again") from None

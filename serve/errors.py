@@ -16,9 +16,13 @@ from retrieval_kd.errors import ArtifactError, EncoderMismatch, ServeError
 DOMAIN = "dense.retrieval"
 MAX_VIOLATIONS = 16
 """Details travel as metadata, which gRPC cuts at 8 KiB: 256 blank texts must not hide behind a size error."""
-MAX_MESSAGE_LETTERS = 1000
-"""A message may quote what the caller sent, and travels twice."""
+MAX_MESSAGE_BYTES = 1000
+"""A message may quote what the caller sent, and travels twice, once with three letters for a byte."""
+MAX_DETAIL_BYTES = 2000
+"""So may what a program reads, and travels in base64."""
 
+_CUT = " ... "
+_TEXT_BYTES = 500
 _log = logging.getLogger(__name__)
 
 
@@ -128,7 +132,8 @@ def to_status(error: Exception, request_id: str = "") -> status_pb2.Status:
         case OverloadedError() | MovedError():
             details.append(_retry_info(error.retry_after))
         case UnknownError():
-            details.append(error_details_pb2.ResourceInfo(resource_type=error.kind, resource_name=error.name))
+            name = _shortened(error.name, MAX_DETAIL_BYTES)
+            details.append(error_details_pb2.ResourceInfo(resource_type=error.kind, resource_name=name))
         case PreconditionError():
             details.append(_precondition(error.subject, message))
         case EncoderMismatch():
@@ -138,7 +143,7 @@ def to_status(error: Exception, request_id: str = "") -> status_pb2.Status:
         case _ if row is _INTERNAL:
             _log.error("request %s failed", request_id, exc_info=error)
             message = f"internal error, request {request_id}; the server's log has the cause"
-    status = status_pb2.Status(code=row.code.value[0], message=message[:MAX_MESSAGE_LETTERS])
+    status = status_pb2.Status(code=row.code.value[0], message=_shortened(message, MAX_MESSAGE_BYTES))
     for detail in details:
         status.details.add().Pack(detail)
     return status
@@ -146,21 +151,31 @@ def to_status(error: Exception, request_id: str = "") -> status_pb2.Status:
 
 def _precondition(subject: str, description: str) -> error_details_pb2.PreconditionFailure:
     violation = error_details_pb2.PreconditionFailure.Violation(
-        type="SERVER", subject=subject, description=description[:MAX_MESSAGE_LETTERS]
+        type="SERVER", subject=subject, description=_shortened(description, MAX_DETAIL_BYTES)
     )
     return error_details_pb2.PreconditionFailure(violations=[violation])
 
 
 def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
-    shown = error.violations[:MAX_VIOLATIONS]
-    fields = [
-        error_details_pb2.BadRequest.FieldViolation(field=violation.field, description=violation.description)
-        for violation in shown
-    ]
-    hidden = len(error.violations) - len(shown)
-    if hidden:
-        fields.append(error_details_pb2.BadRequest.FieldViolation(field="*", description=f"{hidden} more violations"))
-    return error_details_pb2.BadRequest(field_violations=fields)
+    request = error_details_pb2.BadRequest()
+    for number, violation in enumerate(error.violations):
+        field, description = (_shortened(text, _TEXT_BYTES) for text in (violation.field, violation.description))
+        room = MAX_DETAIL_BYTES - request.ByteSize() - len(field.encode()) - len(description.encode())
+        if number == MAX_VIOLATIONS or room < 0:
+            field, description = "*", f"{len(error.violations) - number} more violations"
+        request.field_violations.add(field=field, description=description)
+        if field == "*":
+            break
+    return request
+
+
+def _shortened(text: str, most: int) -> str:
+    """Return a text of at most so many bytes: its beginning says what is wrong, its end what to do."""
+    raw = text.encode()
+    if len(raw) <= most:
+        return text
+    end = (most - len(_CUT)) // 2
+    return raw[:end].decode(errors="ignore") + _CUT + raw[-end:].decode(errors="ignore")
 
 
 def _retry_info(seconds: float) -> error_details_pb2.RetryInfo:

@@ -9,7 +9,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -27,8 +27,10 @@ from serve.tracing import NoTracer, Tracer
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Answer = Callable[[object, Context], Awaitable[object]]
-Stream = Callable[[AsyncIterator[object], Context], AsyncIterator[object]]
+Stream = Callable[[AsyncIterator[object], Context], AsyncGenerator[object]]
+Writer = Callable[[AsyncIterator[bytes], Context], Awaitable[None]]
 Decode = Callable[[bytes], object]
+Metadata = tuple[tuple[str, str | bytes], ...]
 _HEALTH = "/grpc.health.v1.Health/"
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
 _RETRY_SECONDS = 0.1
@@ -84,13 +86,12 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         return guarded
 
-    def _stream(
-        self, method: str, answer: Stream, decode: Decode
-    ) -> Callable[[AsyncIterator[bytes], Context], AsyncIterator[object]]:
-        async def guarded(requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[object]:
+    def _stream(self, method: str, answer: Stream, decode: Decode) -> Writer:
+        async def guarded(requests: AsyncIterator[bytes], context: Context) -> None:
             remaining = cast("float | None", context.time_remaining())
             remaining = math.inf if remaining is None else remaining
             idle = self._limits.max_stream_idle_ms / 1e3
+            metadata = _metadata(context)
             loop = asyncio.get_running_loop()
             give_up = loop.time() + remaining
             # However late its deadline, a silent stream holds a place that others wait for.
@@ -102,18 +103,23 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
                 async def decoded() -> AsyncIterator[object]:
                     async for request in requests:
+                        # A token may have been withdrawn since, and a stream can last for days.
+                        self._authorise(method, metadata)
                         goes_on()
                         yield decode(request)
 
-                async for response in answer(decoded(), context):
-                    yield response
-                    goes_on()
+                # Written here and not yielded: a timeout while gRPC sends would end within gRPC, which then sends no
+                # status, and a slow reader would wait for ever.
+                async with contextlib.aclosing(answer(decoded(), context)) as responses:
+                    async for response in responses:
+                        await _write(context, response)
+                        goes_on()
 
         return guarded
 
     @contextlib.asynccontextmanager
     async def _call(self, method: str, context: Context, seconds: float | None) -> AsyncIterator[asyncio.Timeout]:
-        metadata = tuple(cast("Iterable[tuple[str, str | bytes]]", context.invocation_metadata() or ()))
+        metadata = _metadata(context)
         request_id = _request_id(metadata)
         began = time.perf_counter()
         code = "OK"
@@ -121,15 +127,14 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._metrics.began()
         try:
             with self._tracer.span(method, metadata):
-                if self._tokens is not None:
-                    self._tokens.authorise(method, metadata)
+                self._authorise(method, metadata)
                 with self._admitted():
                     # A caller whose time is over gets no work started.
                     if seconds is not None and seconds <= 0:
                         raise TimeoutError
                     async with asyncio.timeout(seconds) as deadline:
                         yield deadline
-        except (asyncio.CancelledError, GeneratorExit):
+        except asyncio.CancelledError:
             code = "CANCELLED"
             raise
         except Exception as error:  # noqa: BLE001 - every failure becomes a status
@@ -144,6 +149,10 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         # Last: whoever reads the answer finds it counted.
         if failed is not None:
             await _abort(context, failed)
+
+    def _authorise(self, method: str, metadata: Metadata) -> None:
+        if self._tokens is not None:
+            self._tokens.authorise(method, metadata)
 
     @contextlib.contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -166,12 +175,24 @@ def _decoder(decode: Decode) -> Decode:
     return decoded
 
 
-def _request_id(metadata: Iterable[tuple[str, str | bytes]]) -> str:
+def _metadata(context: Context) -> Metadata:
+    return tuple(cast("Iterable[tuple[str, str | bytes]]", context.invocation_metadata() or ()))
+
+
+def _request_id(metadata: Metadata) -> str:
     """Return the caller's ``x-request-id``, or a new one when it has none fit for a log."""
     for key, value in metadata:
         if key == "x-request-id" and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
             return value
     return uuid.uuid4().hex
+
+
+async def _write(context: Context, response: object) -> None:
+    try:
+        await context.write(response)
+    except grpc.aio.InternalError:
+        # The caller has hung up.
+        raise asyncio.CancelledError from None
 
 
 async def _abort(context: Context, status: status_pb2.Status) -> None:

@@ -1,5 +1,7 @@
 """What the protocol offers beside plain search: streams, filters, fields, sets, effort, reranking, encodings."""
 
+import itertools
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -101,6 +103,31 @@ def test_a_stream_that_falls_silent_gives_its_place_back_and_one_that_goes_on_ke
         assert details(ended.value, error_details_pb2.ErrorInfo).reason == "DEADLINE_EXCEEDED"
         running.wait_for("rkd_requests_in_flight", 0)
         assert len(stub.Search(pb.SearchRequest(text="a", top_k=1)).hits) == 1
+
+
+def test_a_stream_whose_reader_is_slow_ends_with_a_status(start: Start) -> None:
+    """Its time runs out while gRPC sends: without a status the caller would wait for the next answer for ever."""
+    running = start(limits=Limits(max_stream_idle_ms=1000))
+
+    def endless() -> Iterator[pb.StreamSearchRequest]:
+        for tag in itertools.count():
+            yield pb.StreamSearchRequest(tag=tag, search=pb.SearchRequest(text=f"text {tag % 7}", top_k=40))
+
+    with grpc.insecure_channel(running.target) as channel:
+        answers = rpc.RetrievalServiceStub(channel).StreamSearch(endless())
+        running.wait_for("rkd_requests_in_flight", 1)
+        # Nothing is read until its place has been given back.
+        running.wait_for("rkd_requests_in_flight", 0)
+        codes: queue.SimpleQueue[grpc.StatusCode] = queue.SimpleQueue()
+
+        def read() -> None:
+            with pytest.raises(grpc.RpcError) as ended:
+                for _ in answers:
+                    pass
+            codes.put(ended.value.code())
+
+        threading.Thread(target=read, daemon=True).start()
+        assert codes.get(timeout=20) is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_a_stream_outlives_the_age_at_which_its_connection_takes_no_more_calls(

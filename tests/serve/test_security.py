@@ -1,6 +1,7 @@
 """Tokens, roles, certificates: who is let in, who is not, and what a rotation does to those who are."""
 
 import datetime
+import queue
 from pathlib import Path
 
 import grpc
@@ -89,6 +90,21 @@ def test_readers_may_search_and_not_publish_and_administrators_may_both(running:
     with RetrievalClient(running.target, token=ADMIN) as admin:
         assert admin.search("a").index_version == FIRST
         assert admin.publish(SECOND) == FIRST
+
+
+def test_a_withdrawn_token_ends_open_streams(running: Running, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream lasts as long as its requests come: whoever was let in once would otherwise never be put out."""
+    monkeypatch.setattr(auth, "_CHECK_SECONDS", 0.0)
+    texts: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with RetrievalClient(running.target, token=READ) as client:
+        answers = client.search_stream(iter(texts.get, ""))
+        texts.put("a")
+        assert len(next(answers).hits) == 10
+        tokens.write_text(f"read {OTHER}\n")
+        texts.put("a")
+        with pytest.raises(ServeError, match="no token that this server knows"):
+            next(answers)
+        texts.put("")
 
 
 def test_health_needs_no_token(running: Running) -> None:

@@ -1,13 +1,14 @@
 """From exception to status: codes, reasons, details."""
 
 import logging
+from urllib.parse import quote
 
 import grpc
 import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
-from retrieval_kd.errors import ArtifactError, EncoderMismatch
+from retrieval_kd.errors import ArtifactError, EncoderMismatch, ServeError
 from serve.errors import (
     MAX_VIOLATIONS,
     InvalidRequestError,
@@ -95,6 +96,30 @@ def test_details_stay_below_the_size_of_metadata() -> None:
     assert len(listed) == MAX_VIOLATIONS + 1
     assert listed[-1].description == f"{256 - MAX_VIOLATIONS} more violations"
     assert status.message.endswith("and 253 more")
+
+
+@pytest.mark.parametrize("letter", ["x", "ü", "\U0001f600"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidRequestError([Violation("y" * 900, "x" * 900)] * 16),
+        InvalidRequestError([Violation("options.filter", f"no field {'x' * 100_000} is stored; known: year")]),
+        UnknownError("index", "x" * 100_000, f"no index {'x' * 100_000}; give one that is there"),
+        PreconditionError("fields", f"no field {'x' * 100_000}; build the index with it"),
+    ],
+)
+def test_what_a_refusal_quotes_fits_into_metadata(error: ServeError, letter: str) -> None:
+    """Beyond 16 KiB gRPC drops the status, and the caller reads of a stream that was removed and not what is wrong."""
+    said = str(error).replace("x", letter)
+    error.args = (said,)
+    if isinstance(error, InvalidRequestError):
+        error = InvalidRequestError(
+            [Violation(one.field, one.description.replace("x", letter)) for one in error.violations]
+        )
+    status = to_status(error, "r-17")
+    assert len(quote(status.message)) + status.ByteSize() * 4 / 3 < 8192
+    assert status.message[:8] == str(error)[:8]
+    assert status.message[-8:] == str(error)[-8:]
 
 
 def test_what_is_lacking_is_named_for_programs() -> None:
