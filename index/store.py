@@ -180,12 +180,15 @@ class IndexStore:
         self.current()
         try:
             with writing(self._path):
-                # Under the lock nobody else removes, so what lies there was left by one that was stopped.
-                for leftover in (self._path / VERSIONS).glob(f"{_DOOMED}*"):
-                    shutil.rmtree(leftover)
                 current = self.current()
                 old = [version for version in self.versions()[:-keep] if version != current]
-                return [version.name for version in old if self._remove(version)]
+                removed = [version.name for version in old if self._doom(version)]
+            # Without the lock, for a large version takes long and updates wait for it. Some may be another's, who was
+            # stopped or removes them just now.
+            for doomed in (self._path / VERSIONS).glob(f"{_DOOMED}*"):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(doomed)
+            return removed
         except OSError as error:
             raise ArtifactError(f"{self._path}: cannot remove a version ({error.strerror or error})") from error
 
@@ -195,8 +198,8 @@ class IndexStore:
             raise ArtifactError(f"{self._path}: no version {name!r}; it has {names}")
         return version
 
-    def _remove(self, version: Path) -> bool:
-        """Remove a version unless somebody reads it."""
+    def _doom(self, version: Path) -> bool:
+        """Make a version and its updates vanish, unless somebody reads it; its files are still to be removed."""
         with contextlib.ExitStack() as stack:
             try:
                 lock = stack.enter_context((version / MANIFEST).open("rb"))
@@ -206,9 +209,7 @@ class IndexStore:
             except FileNotFoundError:
                 pass  # a damaged version, which nobody can open
             # Under a hidden name it is no version any more, wherever the removal is stopped.
-            doomed = version.with_name(f"{_DOOMED}{version.name}")
-            version.rename(doomed)
-            shutil.rmtree(doomed)
+            version.rename(version.with_name(f"{_DOOMED}{version.name}"))
             UpdateLog.of(self._path, version.name).path.unlink(missing_ok=True)
         return True
 

@@ -265,6 +265,9 @@ class IndexHost:
         async with self._swapping:
             version = await asyncio.to_thread(self._source.current)
             if self._handle is not None and version == self._handle.searcher.version:
+                searcher = self._handle.searcher
+                # Other processes change it, too, and a page of several workers shows the lowest count.
+                self._metrics.documents(await asyncio.to_thread(lambda: searcher.count))
                 return version
             if version == self._refused and not again:
                 raise NotReadyError(f"index version {version} was refused before; publish a sound one")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import multiprocessing
 import os
 import resource
@@ -22,7 +23,7 @@ from index.manifest import IndexManifest
 from index.probes import Probes
 from index.search import Searcher
 from index.store import IndexStore, hold
-from index.updates import writing
+from index.updates import UPDATES, UpdateLog, writing
 from index.verify import verify
 from retrieval_kd.errors import ArtifactError
 from retrieval_kd.recipes.schema import IndexSpec
@@ -311,3 +312,26 @@ def test_a_version_is_not_damaged_where_descriptors_run_out(tmp_path: Path, kind
         for descriptor in hogs:
             os.close(descriptor)
     assert outcomes == {"EMFILE", "opened"}
+
+
+def test_updates_wait_for_no_removal_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large version takes long to remove, and every update and publication would stand still meanwhile."""
+    documents = corpus(clustered(1, 30, 8))
+    first = build_index(documents, IndexSpec(), tmp_path)
+    with Searcher.open(tmp_path) as searcher:
+        searcher.upsert(["new"], clustered(2, 1, 8))
+    build_index(documents, KINDS["hnsw"], tmp_path)
+    remove, removed = shutil.rmtree, []
+
+    def removing(folder: Path) -> None:
+        with (tmp_path / UPDATES / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Whoever is stopped here leaves no log that nobody would ever remove.
+        assert not UpdateLog.of(tmp_path, first.name).path.exists()
+        remove(folder)
+        removed.append(folder)
+
+    monkeypatch.setattr("index.store.shutil.rmtree", removing)
+    assert IndexStore(tmp_path).collect(keep=1) == [first.name]
+    assert len(removed) == 1
+    assert not removed[0].exists()

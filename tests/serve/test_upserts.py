@@ -8,6 +8,7 @@ import pytest
 from serve_fakes import CARD, FakeEncoder, FakeReranker, Start
 
 from index.build import build_index
+from index.search import Searcher
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
 from retrieval_kd.collections import base
 from retrieval_kd.encoders.base import Vectors
@@ -114,3 +115,14 @@ def test_what_is_encoded_of_a_document_is_judged_as_a_whole() -> None:
     for more in ({}, {"vector": vector}):
         ((place, said),) = violations(text="a", fields={"text": "b"}, **more)
         assert (place, said[:30]) == (f"{at}.text", "is another text than the docum")
+
+
+def test_the_number_of_documents_that_is_shown_follows_other_processes(start: Start, tmp_path: Path) -> None:
+    """A page of several workers shows the lowest number, that of whoever did not write; it would stay the old one."""
+    source = built(tmp_path / "store")
+    running = start(searcher=source)
+    running.wait_for("rkd_index_documents", 4)
+    with Searcher.open(tmp_path / "store") as other:
+        other.upsert(["new"], FakeEncoder().texts_vectors(["new"]))
+    running.reload()
+    running.wait_for("rkd_index_documents", 5)
