@@ -129,9 +129,7 @@ def test_the_recipes_of_the_documentation_load(tmp_path: Path) -> None:
     # What is a section alone is put into a whole recipe.
     candidates, stages = (block for block in blocks if block not in whole)
     path = tmp_path / "section.yaml"
-    path.write_text(
-        "name: two\nabout: two\nsource: two\nlosses: [embedding_regression]\nstudent: {mode: symmetric}\n" + stages
-    )
+    path.write_text("name: two\nabout: two\nsource: two\nlosses: [embedding_regression]\n" + stages)
     assert [stage.frozen_documents for stage in load_recipe(str(path)).training] == [True, False]
     path.write_text(re.sub(r"candidates: .*\n", candidates, whole[1], count=1))
     (stage,) = load_recipe(str(path)).training
