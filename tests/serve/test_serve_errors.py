@@ -1,6 +1,7 @@
 """From exception to status: codes, reasons, details."""
 
 import logging
+from collections.abc import Callable
 from urllib.parse import quote
 
 import grpc
@@ -100,25 +101,20 @@ def test_details_stay_below_the_size_of_metadata() -> None:
 
 @pytest.mark.parametrize("letter", ["x", "ü", "\U0001f600"])
 @pytest.mark.parametrize(
-    "error",
+    "refusal",
     [
-        InvalidRequestError([Violation("y" * 900, "x" * 900)] * 16),
-        InvalidRequestError([Violation("options.filter", f"no field {'x' * 100_000} is stored; known: year")]),
-        UnknownError("index", "x" * 100_000, f"no index {'x' * 100_000}; give one that is there"),
-        PreconditionError("fields", f"no field {'x' * 100_000}; build the index with it"),
+        lambda long: InvalidRequestError([Violation(f"fields.{long[:900]}", f"is {long[:900]}; mend it")] * 16),
+        lambda long: InvalidRequestError([Violation("options.filter", f"no field {long} is stored; known: year")]),
+        lambda long: UnknownError("index", long, f"no index {long}; give one that is there"),
+        lambda long: PreconditionError("fields", f"no field {long}; build the index with it"),
     ],
 )
-def test_what_a_refusal_quotes_fits_into_metadata(error: ServeError, letter: str) -> None:
+def test_what_a_refusal_quotes_fits_into_metadata(refusal: Callable[[str], ServeError], letter: str) -> None:
     """Beyond 16 KiB gRPC drops the status, and the caller reads of a stream that was removed and not what is wrong."""
-    said = str(error).replace("x", letter)
-    error.args = (said,)
-    if isinstance(error, InvalidRequestError):
-        error = InvalidRequestError(
-            [Violation(one.field, one.description.replace("x", letter)) for one in error.violations]
-        )
+    error = refusal(letter * 100_000)
     status = to_status(error, "r-17")
     assert len(quote(status.message)) + status.ByteSize() * 4 / 3 < 8192
-    assert status.message[:8] == str(error)[:8]
+    assert status.message[:7] == str(error)[:7]
     assert status.message[-8:] == str(error)[-8:]
 
 
