@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from retrieval_kd.errors import RecipeError, did_you_mean
@@ -447,7 +447,10 @@ class StudentSpec:
         kind: ``transformer`` keeps layers of ``encoder``; ``static`` keeps none: each token has one vector, at
             first ``encoder``'s own of that token alone, and a text is their mean, weighted by how rare they are
             in the collection.
-        layers: Layers of ``encoder`` a transformer keeps, 0-based, increasing.
+        start: An encoder whose layers a transformer keeps in place of ``encoder``'s, such as a small one where
+            ``encoder`` is too large to be cut; its prefixes and length are the student's. A linear map leads into
+            ``encoder``'s space, at first the one that fits the training queries best.
+        layers: Layers of ``encoder``, or of ``start``, that a transformer keeps, 0-based, increasing.
         pooling: How token states become one vector.
         projection: Add a linear map to the document encoder's width (always added when widths differ).
         dropout: Dropout while training.
@@ -460,6 +463,7 @@ class StudentSpec:
     mode: Literal["asymmetric", "symmetric"] = "asymmetric"
     towers: Literal["shared", "separate"] = "shared"
     kind: Literal["transformer", "static"] = "transformer"
+    start: EncoderSpec | None = None
     layers: tuple[int, ...] = (0, 2, 5)
     pooling: Literal["mean", "cls"] = "mean"
     projection: bool = False
@@ -487,6 +491,14 @@ class StudentSpec:
             _require(self.pooling == "mean", "student.pooling: a static student has no first token to take; use mean")
             _require(not self.projection, "student.projection: a static student's vectors need none; drop it")
             _require(self.dropout == 0, "student.dropout: a static student has no layer that drops; use 0")
+            _require(
+                self.start is None, "student.start: a static student starts from encoder's view of each token; drop it"
+            )
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Return what makes the student what it is, beside the weights that it starts from."""
+        return {name: value for name, value in asdict(self).items() if name != "start"}
 
 
 @dataclass(frozen=True)
@@ -879,6 +891,12 @@ class Recipe:
             _require(
                 (self.student.mode, self.student.towers) == ("symmetric", "shared"),
                 "frozen_documents: only a symmetric student with shared towers has documents to freeze; leave it out",
+            )
+        if self.student.start is not None:
+            _require(
+                not any(loss.name == "layer_alignment" for stage in self.training for loss in stage.losses),
+                "student.start: layer_alignment compares the student's layers with those of encoder that they were; "
+                "drop one of the two",
             )
         if self.student.towers == "separate":
             twins = [loss.name for stage in self.training for loss in stage.losses if loss.compares_documents]

@@ -197,7 +197,7 @@ class TrainingStage:
         workspace = self._workspace
         recipe, stage = workspace.recipe, self.spec
         config: dict[str, Any] = {
-            "student": dataclasses.asdict(recipe.student),
+            "student": recipe.student.shape,
             "losses": [dataclasses.asdict(loss) for loss in stage.losses],
             "schedule": dataclasses.asdict(stage.schedule),
             "joint": stage.joint and dataclasses.asdict(stage.joint),
@@ -214,6 +214,8 @@ class TrainingStage:
             "teacher": self.teacher.fingerprint if self.needs_teacher else "",
             "start": EncoderCard.load(self._previous.folder).fingerprint if self._previous else "",
         }
+        if recipe.student.start is not None:
+            inputs["student_start"] = workspace.student_start.card.fingerprint
         spec = Spec("train", config, inputs, recipe.seed, self._asked)
         return workspace.folder(spec, f"train the {recipe.student.mode} student{self._of_stage}"), spec
 

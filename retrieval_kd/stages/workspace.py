@@ -56,6 +56,7 @@ RUN_QUERIES = 4096
 NEARLY_THE_SAME = 3
 DEV_POOL_QUERIES = 100
 DEV_POOL_DEPTH = 10
+PROJECTION_QUERIES = 8192
 PROBE_QUERIES = 200
 PROBE_DOCUMENTS = 100
 CALIBRATION_QUERIES = 256
@@ -105,10 +106,18 @@ class Workspace:
 
     @cached_property
     def start(self) -> TorchEncoder:
-        """Load the encoder that everything starts from."""
+        """Load the recipe's encoder."""
         from retrieval_kd.encoders.torch_encoder import TorchEncoder
 
         return TorchEncoder.load(self.recipe.encoder)
+
+    @cached_property
+    def student_start(self) -> TorchEncoder:
+        """Load the encoder that the student is cut from."""
+        from retrieval_kd.encoders.torch_encoder import TorchEncoder
+
+        start = self.recipe.student.start
+        return self.start if start is None else TorchEncoder.load(start)
 
     @cached_property
     def encoder_export(self) -> Path:
@@ -331,22 +340,31 @@ class Workspace:
 
     @cached_property
     def cut(self) -> Path:
-        """Cut the student out of the recipe's encoder and return its folder."""
-        from retrieval_kd.students.build import build_student
+        """Cut the student out of the encoder that it starts from and return its folder."""
+        from retrieval_kd.students.build import build_student, fit_projection
 
-        student = self.recipe.student
-        card = self.start.card
+        student, start = self.recipe.student, self.student_start
+        other = student.start is not None
         # A start that does not depend on the collection is shared between collections.
-        counted = student.kind == "static" or student.vocabulary.keep == "corpus"
-        seen = self.collection.fingerprint if counted else ""
-        inputs = {"encoder": card.fingerprint, "name": card.name, "collection": seen}
-        spec = Spec("cut", dataclasses.asdict(student), inputs)
-        folder = self.folder(spec, f"cut the student out of {card.name}")
+        counted = other or student.kind == "static" or student.vocabulary.keep == "corpus"
+        inputs = {
+            "encoder": self.start.card.fingerprint,
+            "name": start.card.name,
+            "collection": self.collection.fingerprint if counted else "",
+        }
+        if other:
+            inputs["start"] = start.card.fingerprint
+        spec = Spec("cut", student.shape, inputs)
+        folder = self.folder(spec, f"cut the student out of {start.card.name}")
 
         def work(target: Path) -> Mapping[str, Any]:
             documents = (document.content for document in self.collection.documents())
             texts = itertools.chain(documents, self.training_queries.values())
-            made = build_student(self.start, student, card, texts)
+            made = build_student(start, student, self.start.card, texts)
+            if other:
+                fitted = _some_queries(self.training_queries, PROJECTION_QUERIES)
+                rows = [self.query_vectors.row_of[query_id] for query_id in fitted]
+                fit_projection(made, list(fitted.values()), self.query_vectors.vectors[rows])
             made.save(target)
             return {"parameters": made.card.parameters}
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 
-from retrieval_kd.encoders.base import TOKENIZER
+from retrieval_kd.encoders.base import TOKENIZER, Vectors
 from retrieval_kd.encoders.card import EncoderCard
 from retrieval_kd.encoders.static import ARCHITECTURE, StaticBody, without_special_tokens
 from retrieval_kd.encoders.torch_encoder import TorchEncoder, empty_linear, width_of
@@ -20,6 +21,9 @@ from retrieval_kd.recipes.schema import StudentSpec
 from retrieval_kd.students.static import token_table
 from retrieval_kd.students.vocabulary import Ids, kept_tokens, prune, token_counts
 
+RIDGE = 1e-3
+"""Ridge of a fitted projection, as a share of the mean variance of the states."""
+
 
 def build_student(
     start: TorchEncoder, spec: StudentSpec, target: EncoderCard, texts: Iterable[str] = ()
@@ -27,7 +31,8 @@ def build_student(
     """Make a smaller encoder out of an encoder's layers, or of what it says of each token.
 
     A projection starts as the identity, or as a random orthonormal map where widths differ, so that the
-    student begins where its layers leave off. All layers and no projection give the start's vectors.
+    student begins where its layers leave off; :func:`fit_projection` leads one of another space into the target's.
+    All layers and no projection give the start's vectors.
 
     Args:
         start: The encoder the student is made from; they share nothing.
@@ -85,7 +90,7 @@ def _transformer(start: TorchEncoder, spec: StudentSpec, card: EncoderCard) -> T
     projection = copy.deepcopy(start.projection)
     if projection is not None and projection.out_features != card.dimension:
         projection = None
-    if projection is None and (spec.projection or width != card.dimension):
+    if projection is None and (spec.projection or spec.start is not None or width != card.dimension):
         projection = _undisturbing(width, card.dimension)
     layers = len(spec.layers)
     card = replace(card, name=f"{start.card.name}-{layers}-layers", layers=layers)
@@ -104,6 +109,33 @@ def _static(start: TorchEncoder, counts: Ids, card: EncoderCard) -> TorchEncoder
     # The tokenizer cuts by itself for sentence-transformers, which gives static models no length.
     files = {TOKENIZER: without_special_tokens(start.tokenizer_files[TOKENIZER], card.max_length)}
     return TorchEncoder(body, None, files, card)
+
+
+def fit_projection(student: TorchEncoder, texts: Sequence[str], targets: Vectors) -> None:
+    """Set a student's projection, in place, to the linear map that leads its queries nearest to given vectors.
+
+    Least squares with a small ridge, so that fewer texts than dimensions have one answer too. Two encoders of the
+    same language differ by little more than a linear map; starting from it, training need not find it by steps.
+
+    Args:
+        student: An encoder with a projection.
+        texts: Queries.
+        targets: float32 ``[len(texts), d]``, what their vectors should be.
+    """
+    projection = student.projection
+    assert projection is not None
+    width = projection.in_features
+    card = replace(student.card, normalize=False, dimensions=(width,))
+    states = TorchEncoder(student.body, None, student.tokenizer_files, card).encode(texts, "query").astype(np.float64)
+    mean, target_mean = states.mean(axis=0), targets.mean(axis=0, dtype=np.float64)
+    states -= mean
+    gram = states.T @ states
+    gram[np.diag_indices(width)] += RIDGE * np.trace(gram) / width
+    weight = np.linalg.solve(gram, states.T @ (targets - target_mean)).T
+    with torch.no_grad():
+        projection.weight.copy_(torch.from_numpy(weight))
+        projection.bias.copy_(torch.from_numpy(target_mean - weight @ mean))
+    student.refresh_card()
 
 
 def keep_layers(body: nn.Module, layers: tuple[int, ...], key: str) -> None:

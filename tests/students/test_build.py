@@ -14,8 +14,8 @@ from tiny_bodies import FAMILIES, TEXTS, tiny_family
 from retrieval_kd.encoders.card import require_same_space
 from retrieval_kd.encoders.torch_encoder import TorchEncoder
 from retrieval_kd.errors import RecipeError
-from retrieval_kd.recipes.schema import StudentSpec
-from retrieval_kd.students.build import build_student
+from retrieval_kd.recipes.schema import EncoderSpec, StudentSpec
+from retrieval_kd.students.build import build_student, fit_projection
 
 
 @pytest.mark.parametrize("projection", [False, True])
@@ -145,3 +145,47 @@ def test_impossible_matryoshka_sizes_are_refused(sizes: tuple[int, ...]) -> None
     """Without it a recipe could train an empty vector."""
     with pytest.raises(RecipeError, match=r"student\.matryoshka"):
         StudentSpec(matryoshka=sizes)
+
+
+def other_start(width: int = 24) -> tuple[TorchEncoder, TorchEncoder]:
+    """Return a student cut from an encoder of another space, and the encoder whose space it is to learn."""
+    start, target = tiny_encoder(seed=1, width=width), tiny_encoder()
+    return build_student(start, StudentSpec(start=EncoderSpec("other"), layers=(0, 1)), target.card), target
+
+
+WORDS = [f"w{i} w{j}" for i in range(12) for j in range(8)]
+
+
+def test_fitted_projection_finds_an_affine_map_that_exists() -> None:
+    """A wrong axis, mean or sign would start every such student at noise, which training hides."""
+    student, _ = other_start()
+    head = replace(student.card, normalize=False, dimensions=(24,))
+    states = TorchEncoder(student.body, None, student.tokenizer_files, head).encode(WORDS, "query")
+    rng = np.random.default_rng(0)
+    targets = (states @ rng.standard_normal((24, 16)) + 3).astype(np.float32)
+    fit_projection(student, WORDS, targets)
+    expected = targets / np.linalg.norm(targets, axis=1, keepdims=True)
+    assert (student.encode(WORDS, "query") * expected).sum(axis=1).min() > 0.9999
+    assert student.card.weights_hash == student.refresh_card().weights_hash
+
+
+def test_fewer_texts_than_dimensions_have_one_finite_fit() -> None:
+    """Without the ridge a small collection would start from infinities, or from whatever the solver leaves."""
+    student, target = other_start()
+    texts = WORDS[:3]
+    fit_projection(student, texts, target.encode(texts, "query"))
+    vectors = student.encode(WORDS, "query")
+    assert np.isfinite(vectors).all()
+    assert (student.encode(texts, "query") * target.encode(texts, "query")).sum(axis=1).min() > 0.99
+
+
+def test_start_of_the_same_width_gets_a_projection_too() -> None:
+    """Equal widths do not make one space: without the map the student would be compared with vectors of another."""
+    student, _ = other_start(width=16)
+    assert student.projection is not None
+
+
+def test_static_student_takes_no_other_start() -> None:
+    """Its table would be another model's, in a space that nothing leads out of."""
+    with pytest.raises(RecipeError, match=r"student\.start: a static student starts from encoder's view"):
+        StudentSpec(kind="static", start=EncoderSpec("other"))

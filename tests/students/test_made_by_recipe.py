@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import tiny_overrides
+from tiny import tiny_encoder, tiny_overrides
 
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
 from retrieval_kd.encoders.pair import open_pair
@@ -95,3 +95,48 @@ def test_pair_of_one_encoder_is_refused_and_of_a_query_student_has_the_recipes_e
     assert document.card.fingerprint == asymmetric.encoder.card.fingerprint
     with pytest.raises(RecipeError, match=r"student\.towers: asymmetric mode has a document encoder already"):
         load_recipe("leaf", [*tiny_overrides(tiny, "asymmetric"), "student.towers=separate"])
+
+
+@pytest.mark.parametrize("mode", ["asymmetric", "symmetric"])
+def test_student_of_another_start_learns_the_encoders_space(tiny: Path, tmp_path: Path, mode: str) -> None:
+    """Without it only an encoder small enough to be cut could have a student, and a start's prefix would be lost."""
+    wide = tiny_encoder(seed=3, width=24)
+    wide.save(tmp_path / "wide")
+    start = f"student.start={{model: {tmp_path / 'wide'}, max_length: 20, query_prefix: 'w1 '}}"
+    overrides = [*tiny_overrides(tiny, mode), start]
+    workspace = Workspace(load_recipe("leaf", overrides), tiny / "artifacts")
+    targets = workspace.query_vectors
+    texts = list(workspace.training_queries.values())
+    rows = [targets.row_of[query_id] for query_id in workspace.training_queries]
+    fitted = workspace.untrained_student().encode(texts, "query")
+    assert (fitted * targets.vectors[rows]).sum(axis=1).mean() > 0.95
+    log = [json.loads(line) for line in (workspace.last.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in log if row["event"] == "train"]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    card = workspace.student.card
+    assert (card.query_prefix, card.max_length, card.dimension) == ("w1 ", 20, workspace.encoder.card.dimension)
+    assert (card.space_fingerprint == workspace.encoder.card.fingerprint) is (mode == "asymmetric")
+    if mode == "asymmetric":
+        workspace.last.save_pair(tmp_path / "pair")
+        query, document = open_pair(tmp_path / "pair")
+        assert (query.card, document.card) == (EncoderCard.load(workspace.last.folder), workspace.start.card)
+
+
+def test_artifacts_of_another_start_are_others(tiny: Path, tmp_path: Path) -> None:
+    """A student found by a fingerprint that forgets its start would be another model's."""
+    folders = set()
+    for seed in (None, 3, 4):
+        overrides = tiny_overrides(tiny, "asymmetric")
+        if seed is not None:
+            tiny_encoder(seed=seed, width=24).save(tmp_path / str(seed) / "same-name")
+            overrides.append(f"student.start.model={tmp_path / str(seed) / 'same-name'}")
+        workspace = Workspace(load_recipe("leaf", overrides), tiny / "artifacts")
+        folders |= {workspace.cut, workspace.last.folder}
+    assert len(folders) == 6
+
+
+def test_layers_cannot_be_aligned_with_those_of_another_encoder(tiny: Path, tmp_path: Path) -> None:
+    """The layers that a student was cut from would be looked for in a model that never had them."""
+    overrides = [*tiny_overrides(tiny, "asymmetric"), f"student.start.model={tmp_path}"]
+    with pytest.raises(RecipeError, match=r"student\.start: layer_alignment"):
+        load_recipe("lead", overrides)
