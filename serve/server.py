@@ -8,8 +8,8 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -25,6 +25,7 @@ from serve.guard import Guard
 from serve.indexes import watch
 from serve.logs import use_json
 from serve.metrics import Metrics, serve_metrics
+from serve.readiness import Readiness
 from serve.service import ADMIN_SERVICE, SERVICES, add_services
 from serve.tls import server_credentials
 from serve.tracing import Tracer, open_tracer
@@ -122,7 +123,6 @@ async def serve(
         tracer = open_tracer(config.trace)
         stack.callback(tracer.close)
         ports, bound = _open_ports(config, slot, metrics, tracer)
-        await _announce(ports, health_pb2.HealthCheckResponse.NOT_SERVING)
         if config.metrics_port is not None and not config.reuse_port:
             stack.enter_context(serve_metrics(metrics.registry, config.metrics_host, config.metrics_port))
         for port in ports:
@@ -135,15 +135,18 @@ async def serve(
         slot.put(engine)
         watching = asyncio.create_task(watch(engine.index, config.poll_seconds, reload or asyncio.Event()))
         stack.callback(watching.cancel)
-        await _announce(ports, health_pb2.HealthCheckResponse.SERVING)
+        for port in ports:
+            port.readiness.announce(health_pb2.HealthCheckResponse.SERVING)
         _log.info("serving on %s:%d", config.host, bound)
         if on_ready is not None:
             on_ready(bound)
         await stop.wait()
         _log.info("draining")
         for port in ports:
-            await port.checks.enter_graceful_shutdown()
+            port.readiness.announce(health_pb2.HealthCheckResponse.NOT_SERVING)
         await asyncio.sleep(config.drain_delay)
+        for port in ports:
+            port.readiness.close()
         await asyncio.gather(*(port.server.stop(config.drain_seconds) for port in ports))
 
 
@@ -166,11 +169,11 @@ async def _loaded(load: Callable[[], Engine], stack: contextlib.AsyncExitStack, 
 
 @dataclass(frozen=True)
 class _Port:
-    """A server, and the health of the services that it and no other offers."""
+    """A server, the services that it and no other offers, and their health."""
 
     server: grpc.aio.Server
     services: tuple[str, ...]
-    checks: Any = field(default_factory=health.aio.HealthServicer)  # type: ignore[attr-defined]
+    readiness: Readiness
 
 
 def _open_ports(config: ServeConfig, slot: EngineSlot, metrics: Metrics, tracer: Tracer) -> tuple[list[_Port], int]:
@@ -185,19 +188,20 @@ def _open_ports(config: ServeConfig, slot: EngineSlot, metrics: Metrics, tracer:
         *_CONNECTION_OPTIONS,
         *config.limits.message_options(),
     ]
-    main = _Port(
-        grpc.aio.server(interceptors=[guard], options=options),
-        SERVICES if tokens is None else (*SERVICES, ADMIN_SERVICE),
-    )
+
+    def new_port(*services: str) -> _Port:
+        return _Port(grpc.aio.server(interceptors=[guard], options=options), services, Readiness(services))
+
+    main = new_port(*SERVICES) if tokens is None else new_port(*SERVICES, ADMIN_SERVICE)
     add_services(main.server, slot, config.limits, tracer)
     reflection.enable_server_reflection([*main.services, health.SERVICE_NAME, reflection.SERVICE_NAME], main.server)
     bound = _bind(main.server, config, config.host, config.port)
     ports = [main]
     if config.admin_port is not None:
-        ports.append(_Port(grpc.aio.server(interceptors=[guard], options=options), (ADMIN_SERVICE,)))
+        ports.append(new_port(ADMIN_SERVICE))
         _bind(ports[-1].server, config, LOOPBACK, config.admin_port)
     for port in ports:
-        health_pb2_grpc.add_HealthServicer_to_server(port.checks, port.server)
+        health_pb2_grpc.add_HealthServicer_to_server(port.readiness, port.server)
         if ADMIN_SERVICE in port.services:
             add_admin_service(port.server, slot, config.limits)
     return ports, bound
@@ -247,9 +251,3 @@ def _require_free_ports(config: ServeConfig) -> None:
                 ) from None
             if port:
                 ours[port] = option
-
-
-async def _announce(ports: Sequence[_Port], status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-    for port in ports:
-        for name in ("", *port.services):
-            await port.checks.set(name, status)

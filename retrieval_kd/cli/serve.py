@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -94,6 +95,9 @@ def serve(
 
         emit(asyncio.run(check_all(config)), as_json)
         return
+
+    # Until the server handles it, it would end the process; what is loaded now is the newest version anyway.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     def ready(bound: int) -> None:
         where = {"host": host, "port": bound}

@@ -268,6 +268,21 @@ def test_serve_refuses_strangers_and_taken_ports(rkd: Rkd, exported: Path, tmp_p
         assert rkd("serve", store, "--encoder", exported / "a", "--port", "99999")[0] == 2
 
 
+@pytest.mark.parametrize(("runs", "workers"), [("serve.server.run_server", 1), ("serve.workers.run_workers", 2)])
+def test_a_hangup_does_not_end_a_server_that_is_starting(
+    rkd: Rkd, exported: Path, monkeypatch: pytest.MonkeyPatch, runs: str, workers: int
+) -> None:
+    """Without it the signal that publishes an index kills the server which has just been started again."""
+    found = []
+    monkeypatch.setattr(runs, lambda *_: found.append(signal.getsignal(signal.SIGHUP)))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        assert rkd("serve", exported / "store", "--encoder", exported / "a", "--workers", workers)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert found == [signal.SIG_IGN]
+
+
 def test_a_taken_port_is_one_line_from_the_process_too(exported: Path) -> None:
     """Without it grpc's core would write lines of its own, with source files and addresses, before ours."""
     with socket.socket() as taken:

@@ -32,6 +32,8 @@ from serve.config import ServeConfig
 from serve.limits import Limits
 from serve.logs import ACCESS, JsonFormatter
 from serve.metrics import Metrics, serve_metrics
+from serve.readiness import Readiness
+from serve.service import SERVICES
 from serve.tls import CertificateFiles
 from serve.tracing import NoTracer, OtelTracer, open_tracer
 
@@ -178,6 +180,58 @@ def test_draining_says_not_serving_before_it_refuses(start: Start, encoder: Fake
         assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert len(client.search("a").hits) == 10
     running.done.result(20)
+
+
+def test_an_open_watch_ends_with_a_status_and_holds_up_no_stop(start: Start, encoder: FakeEncoder) -> None:
+    """Without it every stop behind a balancer that watches takes all of the grace, and the watch ends broken."""
+    running = start(encoder, drain_seconds=60.0)
+    with grpc.insecure_channel(running.target) as channel:
+        watches = [
+            health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=name))
+            for name in ("", SERVICES[0], "nobody")
+        ]
+        first = [next(watch).status for watch in watches]
+        running.begin_stop()
+        running.done.result(20)
+        last = [[answer.status for answer in watch] for watch in watches]
+    answer = health_pb2.HealthCheckResponse
+    assert first == [answer.SERVING, answer.SERVING, answer.SERVICE_UNKNOWN]
+    assert last == [[answer.NOT_SERVING], [answer.NOT_SERVING], []]
+    assert {watch.code() for watch in watches} == {grpc.StatusCode.OK}
+
+
+def test_a_watcher_who_does_not_read_keeps_the_news_from_nobody() -> None:
+    """Without it one silent connection would keep a server that stops from telling its balancer."""
+
+    class Reader:
+        def __init__(self, reads: bool) -> None:
+            self.seen: list[int] = []
+            self.reads = asyncio.Event()
+            if reads:
+                self.reads.set()
+
+        async def write(self, answer: health_pb2.HealthCheckResponse) -> None:
+            await self.reads.wait()
+            self.seen.append(answer.status)
+
+    async def main() -> None:
+        readiness, deaf, reader = Readiness(["service"]), Reader(reads=False), Reader(reads=True)
+        asked = health_pb2.HealthCheckRequest()
+        watches = [asyncio.create_task(readiness.Watch(asked, one)) for one in (deaf, reader)]
+        await asyncio.sleep(0)
+        readiness.announce(health_pb2.HealthCheckResponse.SERVING)
+        readiness.announce(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await asyncio.sleep(0)
+        readiness.announce(health_pb2.HealthCheckResponse.SERVING)
+        readiness.close()
+        await asyncio.wait_for(watches[1], 5)
+        deaf.reads.set()
+        await asyncio.wait_for(watches[0], 5)
+        assert reader.seen == [health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING]
+        # What it was about to be sent, and then the state as it is.
+        assert deaf.seen == reader.seen
+
+    asyncio.run(main())
 
 
 def dashboard() -> dict[str, object]:
