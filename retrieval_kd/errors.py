@@ -50,12 +50,17 @@ class ServeError(RkdError):
     """The server cannot start, or a call to it failed."""
 
 
+_LISTED = 40
+"""More names than that drown what the error says."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``", did you mean 'x'?"`` for the nearest known name, else the list of known names."""
+    """Return ``", did you mean 'x'?"`` for the nearest known name, else the list of known names, or its beginning."""
     names = sorted(known)
     # What is three times as long as every name is near to none, and with 15 MB from a stranger that took ten seconds.
     comparable = len(name) <= 3 * max(map(len, names), default=0)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.6) if comparable else []
     if nearest:
         return f", did you mean {nearest[0]!r}?"
-    return f"; known: {', '.join(names)}"
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return f"; known: {', '.join(names[:_LISTED])}{more}"

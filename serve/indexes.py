@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard
@@ -24,6 +24,7 @@ from retrieval_kd.runs import Ranking
 from serve.errors import MovedError, NotReadyError, PreconditionError, StoreError, UnknownError
 from serve.metrics import Metrics
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 VERSION = "dense.retrieval/index_version"
 UNREADABLE = "unreadable"
@@ -316,13 +317,8 @@ class IndexHost:
         async with self._swapping:
             with self.hold() as handle:
                 searcher = handle.searcher
-                # Once begun it ends, whether or not the caller waits: the handle has to stay held until then.
-                writing = asyncio.ensure_future(asyncio.to_thread(change, searcher))
                 try:
-                    count = await asyncio.shield(writing)
-                except asyncio.CancelledError:
-                    await asyncio.wait([writing])
-                    raise
+                    count = await _to_its_end(asyncio.ensure_future(asyncio.to_thread(change, searcher)))
                 except ArtifactError as error:
                     raise await self._unwritten(searcher.version, error) from error
                 self._metrics.documents(count)
@@ -406,6 +402,23 @@ class IndexHost:
         if self._handle is None:
             raise NotReadyError("no index is loaded; wait until the server's health is SERVING")
         return self._handle
+
+
+async def _to_its_end(work: asyncio.Future[T]) -> T:
+    """Wait for what a thread does, which cannot be stopped, however often the caller is cancelled meanwhile.
+
+    What the caller holds for the thread, a lock or a version, it then lets go of when the thread has done with it.
+    """
+    cancelled = False
+    while not work.done():
+        try:
+            await asyncio.wait([work])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        work.exception()  # seen, or it would be logged as lost
+        raise asyncio.CancelledError
+    return work.result()
 
 
 def _close_unused(opening: asyncio.Future[_Opened]) -> None:

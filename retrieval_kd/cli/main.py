@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -70,6 +71,10 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Run the command line: 0 done, 1 failed with one line that says why, 2 wrong usage, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        # What a terminal's encoding lacks, a dash or a letter of a document, is no reason to fail after the work.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app()
     except RkdError as error:

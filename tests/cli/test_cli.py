@@ -388,3 +388,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, collection: 
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(store.rglob("manifest.json"))
     assert not (store / "CURRENT").exists()
+
+
+def test_a_terminal_without_a_letter_still_gets_the_report(tmp_path: Path) -> None:
+    """Without it a long run ends in a trace because its table has a dash that latin-1 lacks."""
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("name: own\nabout: one – two 語\nsource: s\nlosses: [{name: margin_mse}]\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "retrieval_kd.cli.main", "recipes", "show", str(recipe)],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"one ? two ?" in done.stdout

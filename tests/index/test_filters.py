@@ -166,6 +166,15 @@ def test_a_name_too_long_to_be_near_is_compared_with_none(monkeypatch: pytest.Mo
     assert did_you_mean("year" * 4, ["year"]) == "; known: year"
 
 
+def test_an_error_lists_no_thousand_names() -> None:
+    """Without it a mistyped name of ir_datasets fills the screen with all of its ids."""
+    names = [f"collection-{i:04}" for i in range(1041)]
+    said = did_you_mean("nope", names)
+    assert said.startswith("; known: collection-0000, ")
+    assert said.endswith(", collection-0039 and 1,001 more")
+    assert did_you_mean("nope", names[:40]).endswith(", collection-0039")
+
+
 def test_a_filter_of_many_levels_is_refused() -> None:
     """A request of ten thousand brackets would otherwise end the process."""
     raw: dict[str, Any] = {"eq": {"a": 1}}

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from serve_fakes import (
+    CARD,
     DIMENSION,
     STRANGER,
     FakeEncoder,
@@ -31,7 +32,8 @@ from retrieval_kd.errors import ArtifactError, ServeError
 from retrieval_kd.runs import Ranking
 from serve import indexes, service
 from serve.client import AsyncRetrievalClient, Document, Options, RetrievalClient
-from serve.indexes import IndexHandle, StoreSource
+from serve.indexes import IndexHandle, IndexHost, StoreSource
+from serve.metrics import Metrics
 
 FIRST, SECOND, THIRD = "0000000001-cafe", "0000000002-beef", "0000000003-f00d"
 TOKEN = "0123456789abcdef-admin"
@@ -215,6 +217,39 @@ def test_a_caller_who_leaves_does_not_unmap_what_their_search_still_reads(start:
         assert old.closed == 0
         old.gate.set()
         until(lambda: old.closed == 1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_write_cancelled_twice_is_let_go_of_when_it_is_done(source: FakeSource, fails: bool) -> None:
+    """A caller who leaves a server that stops cancels twice: another version would come, or unmap it, in mid-write."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work(_: object) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        if fails:
+            raise ArtifactError("disk full")
+
+    async def main() -> None:
+        host = IndexHost(source, CARD, Metrics())
+        await host.follow()
+        write = asyncio.create_task(host.write(work))
+        await asyncio.to_thread(begun.wait, 20)
+        source.pointer = SECOND
+        for _ in range(3):
+            write.cancel()
+            await asyncio.sleep(0.01)
+        follow = asyncio.create_task(host.follow())
+        await asyncio.sleep(0.05)
+        assert not write.done()
+        assert not follow.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await write
+        assert await follow == SECOND
+        host.close()
+
+    asyncio.run(main())
 
 
 def test_publishing_under_load_fails_no_call_and_mixes_no_versions(
