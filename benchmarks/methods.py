@@ -111,7 +111,9 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--collection", required=True, help="trained on, and measured on its test split")
     run.add_argument("--zero-shot", action="append", default=[], help="measured on its test split alone")
     run.add_argument("--teacher", required=True, help="the cross-encoder")
-    run.add_argument("--recipe", action="append", help="a recipe; all when none is given")
+    run.add_argument(
+        "--recipe", action="append", help=f"a recipe, the large encoder's name or {START!r}; all when none is given"
+    )
     run.add_argument("--mode", choices=["asymmetric", "symmetric"], default="asymmetric")
     run.add_argument("--queries", type=int, default=2048, help="training queries that have lists")
     run.add_argument(
@@ -143,7 +145,7 @@ def say(text: str) -> None:
 def measured(name: str, arguments: argparse.Namespace, collections: Sequence[Collection]) -> Result:
     """Train one recipe's student, or take a baseline, and measure it on every collection."""
     own = [f"collection={arguments.collection}", f"student.mode={arguments.mode}", *arguments.set]
-    baseline = name in (TEACHER, START)
+    baseline = name not in shipped_recipes()
     recipe = load_recipe("leaf" if baseline else name, own)
     if recipe.training[-1].losses and not baseline and needs_model(recipe):
         own.append(f"teacher.model={arguments.teacher}")
@@ -152,10 +154,12 @@ def measured(name: str, arguments: argparse.Namespace, collections: Sequence[Col
     workspace = Workspace(load_recipe("leaf" if baseline else name, own), arguments.artifacts, say)
     query_encoder: Encoder
     cost: dict[str, Any] = {}
-    if name == TEACHER:
-        query_encoder = workspace.encoder
-    elif name == START:
+    if name == START:
         query_encoder = workspace.untrained_student()
+    elif baseline:
+        query_encoder = workspace.encoder
+        if query_encoder.card.name != name:
+            raise SystemExit(f"{name}: neither a recipe nor {query_encoder.card.name}, the large encoder, nor {START}")
     else:
         # The clock is the student's: lists, the first stage's scores and whatever makes its teacher come before it. It
         # counts processor time, for wall time would tell of the machine's other work.
@@ -318,8 +322,8 @@ def _tables(results: Mapping[str, Mapping[str, Result]]) -> Iterator[str]:
 
 
 def _student(one: Result) -> tuple[str, ...]:
-    """Return the overrides that make the student another one."""
-    return tuple(override for override in one["overrides"] if override.startswith("student"))
+    """Return the overrides that make the student, or what it learns, another one."""
+    return tuple(override for override in one["overrides"] if override.startswith(("student", "encoder")))
 
 
 def _title(label: str) -> str:
