@@ -84,8 +84,8 @@ class TokenFile:
         try:
             stamp = _stamp(self._path)
             if stamp != self._stamp:
-                self._stamp = stamp
                 self._roles = _read(self._path)
+                self._stamp = stamp
                 _log.info("%s: %d tokens", self._path, len(self._roles))
         except ServeError as error:
             _log.error("the tokens known before stay: %s", error)

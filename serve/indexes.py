@@ -350,16 +350,17 @@ class IndexHost:
         if version not in known:
             raise UnknownError(VERSION, version, f"no index version {version!r}; there are {', '.join(known)}")
         opened = await self._open(version) if version != before else None
+        selecting = asyncio.ensure_future(asyncio.to_thread(self._source.select, version))
         try:
-            await asyncio.to_thread(self._source.select, version)
-        except BaseException as error:
-            if opened is not None:
+            await _to_its_end(selecting)
+        except ArtifactError as error:
+            raise StoreError(str(error)) from error
+        finally:
+            # Where the pointer has moved the version is served, whether or not its caller has waited for it.
+            if opened is not None and selecting.exception() is None:
+                self._swap(opened)
+            elif opened is not None:
                 opened.searcher.close()
-            if isinstance(error, ArtifactError):
-                raise StoreError(str(error)) from error
-            raise
-        if opened is not None:
-            self._swap(opened)
         return version, before
 
     async def _open(self, version: str) -> _Opened:
@@ -408,6 +409,7 @@ async def _to_its_end(work: asyncio.Future[T]) -> T:
     """Wait for what a thread does, which cannot be stopped, however often the caller is cancelled meanwhile.
 
     What the caller holds for the thread, a lock or a version, it then lets go of when the thread has done with it.
+    Nobody else hears of a failure after the caller has left, so it is logged.
     """
     cancelled = False
     while not work.done():
@@ -416,7 +418,8 @@ async def _to_its_end(work: asyncio.Future[T]) -> T:
         except asyncio.CancelledError:
             cancelled = True
     if cancelled:
-        work.exception()  # seen, or it would be logged as lost
+        if (error := work.exception()) is not None:
+            _log.error("what a caller who has left had begun failed: %s", error)
         raise asyncio.CancelledError
     return work.result()
 

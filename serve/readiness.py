@@ -43,7 +43,7 @@ class Readiness(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:  # noqa: N802
         """Return the state of a service; NOT_FOUND for one that the port does not offer."""
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} on this port")
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such service on this port")
         return Answer(status=self._status)
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:  # noqa: N802

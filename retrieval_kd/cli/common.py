@@ -66,7 +66,8 @@ def emit(result: Mapping[str, Any], as_json: bool) -> None:
     if processes.index() > 0:
         return
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        # Escaped, it loses no letter of an id or a path to the terminal's encoding.
+        typer.echo(json.dumps(result))
         return
     lines = dict(_lines(result))
     width = max(map(len, lines), default=0)

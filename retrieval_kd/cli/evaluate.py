@@ -217,7 +217,7 @@ def report(
 
     merged = merge_reports(folders)
     if as_json:
-        typer.echo(json.dumps(merged, ensure_ascii=False))
+        typer.echo(json.dumps(merged))
         return
     write = {
         TableStyle.text: format_report,
@@ -257,7 +257,7 @@ def reproduce(
         chosen = [table for table in chosen if table.name == only]
     outcomes = list(run_tables(chosen, announce))
     if as_json:
-        typer.echo(json.dumps([{**asdict(outcome), "ok": outcome.ok} for outcome in outcomes], ensure_ascii=False))
+        typer.echo(json.dumps([{**asdict(outcome), "ok": outcome.ok} for outcome in outcomes]))
     else:
         typer.echo(outcome_table(outcomes))
     wrong = sum(not outcome.ok for outcome in outcomes)
@@ -301,7 +301,7 @@ def compare(
             listings[name] = differing_queries(reference, by_name[name], rows[0].measure, opened, split, show)
     if as_json:
         cases = {name: {"wins": cases_json(w), "losses": cases_json(o)} for name, (w, o) in listings.items()}
-        typer.echo(json.dumps({"comparisons": [asdict(row) for row in rows], "queries": cases}, ensure_ascii=False))
+        typer.echo(json.dumps({"comparisons": [asdict(row) for row in rows], "queries": cases}))
         return
     typer.echo(format_comparisons(rows))
     for name, (wins, losses) in listings.items():
@@ -344,7 +344,7 @@ def bench(
             collection, split, specs, load, measures, artifacts, where, _command(), distractors or (), announce
         )
     if as_json:
-        typer.echo(json.dumps(written, ensure_ascii=False))
+        typer.echo(json.dumps(written))
     else:
         typer.echo(f"{format_report(written)}\n\n{format_costs(written)}")
 
@@ -410,9 +410,7 @@ def _suite(
         folder = out or Path(scratch)
         reports = run_suite(collections, specs, setup, artifacts, folder, _command(), announce)
     if as_json:
-        typer.echo(
-            json.dumps(reports[0] if len(reports) == 1 else summarise(reports, setup.reference), ensure_ascii=False)
-        )
+        typer.echo(json.dumps(reports[0] if len(reports) == 1 else summarise(reports, setup.reference)))
         return
     typer.echo("\n\n".join(format_report(report) for report in reports))
     if len(reports) > 1:

@@ -71,10 +71,9 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Run the command line: 0 done, 1 failed with one line that says why, 2 wrong usage, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         # What a terminal's encoding lacks, a dash or a letter of a document, is no reason to fail after the work.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except RkdError as error:

@@ -116,7 +116,7 @@ def _require_same_recipe(out: Path, recipe: Recipe) -> None:
 def show_report(report: Mapping[str, Any], out: Path, as_json: bool) -> None:
     """Print the report: JSON for machines, the table and its notes for people."""
     if as_json:
-        typer.echo(json.dumps(report, ensure_ascii=False))
+        typer.echo(json.dumps(report))
         return
     typer.echo(format_report(report))
     typer.echo(f"\n{out / 'report.html'}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import resource
@@ -16,6 +18,7 @@ from tiny import tiny_collection_folder, tiny_encoder, tiny_encoder_folder
 
 from index.served import served_folder
 from retrieval_kd.cli import main as command
+from retrieval_kd.cli.common import emit
 from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus
 from retrieval_kd.recipes.schema import CollectionSpec, ExportSpec, IndexSpec
 
@@ -394,11 +397,22 @@ def test_a_terminal_without_a_letter_still_gets_the_report(tmp_path: Path) -> No
     """Without it a long run ends in a trace because its table has a dash that latin-1 lacks."""
     recipe = tmp_path / "own.yaml"
     recipe.write_text("name: own\nabout: one – two 語\nsource: s\nlosses: [{name: margin_mse}]\n", encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "retrieval_kd.cli.main", "recipes", "show", str(recipe)],
-        env=os.environ | {"PYTHONIOENCODING": "latin-1"},
-        capture_output=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"one ? two ?" in done.stdout
+    for arguments, found in ((["show"], b"one \\u2013 two \\u8a9e"), (["show", "--json"], b"one \\u2013 two \\u8a9e")):
+        done = subprocess.run(
+            [sys.executable, "-m", "retrieval_kd.cli.main", "recipes", *arguments, str(recipe)],
+            env=os.environ | {"PYTHONIOENCODING": "latin-1"},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert found in done.stdout
+
+
+def test_json_loses_no_letter_to_the_terminals_encoding(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it a script gets the ids and paths of other documents and folders, and no error."""
+    result = {"doc_id": "語-1", "path": "/data/ä–"}
+    for encoding in ("latin-1", "ascii", "utf-8"):
+        with io.TextIOWrapper(io.BytesIO(), encoding=encoding) as out, contextlib.redirect_stdout(out):
+            emit(result, as_json=True)
+            out.flush()
+            assert json.loads(out.buffer.getvalue().decode(encoding)) == result

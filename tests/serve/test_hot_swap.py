@@ -252,6 +252,46 @@ def test_a_write_cancelled_twice_is_let_go_of_when_it_is_done(source: FakeSource
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_publish_whose_caller_leaves_undoes_no_later_one(
+    source: FakeSource, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Without it the pointer moves when nobody waits for it any more, after another publish has been acknowledged."""
+    begun, go_on, select = threading.Event(), threading.Event(), source.select
+
+    def slowly(version: str) -> None:
+        if version == SECOND:
+            begun.set()
+            assert go_on.wait(20)
+            if fails:
+                raise ArtifactError("disk full")
+        select(version)
+
+    monkeypatch.setattr(source, "select", slowly)
+
+    async def main() -> None:
+        host = IndexHost(source, CARD, Metrics())
+        await host.follow()
+        first = asyncio.create_task(host.publish(SECOND))
+        await asyncio.to_thread(begun.wait, 20)
+        first.cancel()
+        second = asyncio.create_task(host.publish(THIRD))
+        await asyncio.sleep(0.05)
+        assert not first.done()
+        assert not second.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert host.searcher.version == (FIRST if fails else SECOND)
+        assert await second == (THIRD, FIRST if fails else SECOND)
+        assert source.pointer == THIRD
+        assert await host.follow() == THIRD
+        host.close()
+        assert [one.closed for one in source.searchers.values()] == [1, 1, 1]
+
+    asyncio.run(main())
+
+
 def test_publishing_under_load_fails_no_call_and_mixes_no_versions(
     admin: RetrievalClient, source: FakeSource, encoder: FakeEncoder
 ) -> None:

@@ -3,6 +3,7 @@
 import datetime
 import queue
 from pathlib import Path
+from unittest.mock import Mock
 
 import grpc
 import pytest
@@ -155,6 +156,20 @@ def test_tokens_change_while_the_server_runs_and_a_broken_file_changes_nothing(
     known.authorise(SEARCH, bearer(OTHER))
     tokens.write_text(f"admin {READ}\n")
     known.authorise(PUBLISH, bearer(READ))
+
+
+def test_a_changed_token_file_that_could_not_be_read_for_a_moment_is_read_again(
+    tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a withdrawn token stays good until the next change, because descriptors ran out for a second."""
+    monkeypatch.setattr(auth, "_CHECK_SECONDS", 0.0)
+    known = TokenFile(tokens)
+    tokens.write_text(f"read {OTHER}\n")
+    with monkeypatch.context() as moment:
+        moment.setattr(auth, "_read", Mock(side_effect=ServeError("too many open files")))
+        known.authorise(SEARCH, bearer(READ))
+    with pytest.raises(ServeError, match="no token that this server knows"):
+        known.authorise(SEARCH, bearer(READ))
 
 
 def test_a_token_file_may_begin_with_a_byte_order_mark(tokens: Path) -> None:
