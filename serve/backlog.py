@@ -52,14 +52,20 @@ class Backlog:
         self._unit_seconds = 0.0
         self._lock = threading.Lock()
 
-    def require_in_time(self, units: int, seconds: float | None) -> None:
+    def require_in_time(self, units: int, seconds: float | None, later: int = 0) -> None:
         """Refuse a job of so many units whose caller waits ``seconds``.
+
+        Args:
+            units: What it measures.
+            seconds: How long its caller waits; None if for ever.
+            later: Units of the jobs before it that are done after it all the same.
 
         Raises:
             OverloadedError: it would be late.
         """
         with self._lock:
-            wait = self._units * self._unit_seconds / self._threads if self._jobs >= self._threads else 0.0
+            ahead = max(0, self._units - later)
+            wait = ahead * self._unit_seconds / self._threads if self._jobs >= self._threads else 0.0
             work = units * self._unit_seconds
         require_in_time(self._what, wait, work, None if seconds is None else _HEADROOM * seconds)
 

@@ -47,12 +47,18 @@ class _Search:
 class _Batch:
     """Queries of one caller: ``left`` count as waiting or under way, of which ``begun`` are in a thread's hands."""
 
+    handle: IndexHandle
     vectors: Vectors
     search: SearchPart
     finish: Finish[Any]
     left: int
+    part: int
     begun: int = 0
     given_up: bool = False
+    searcher: DocumentSearcher | None = None
+    rankings: list[Ranking] = field(default_factory=list)
+    job: Future[None] | None = None
+    answer: Future[Any] = field(default_factory=Future)
 
 
 @dataclass(eq=False)
@@ -75,6 +81,7 @@ class Searches:
         self._threads = threads
         self._backlog = Backlog("the index", threads)
         self._queues: dict[tuple[IndexHandle, int], _Queue] = {}
+        self._batches = set[_Batch]()
         self._lock = threading.Lock()
 
     def require_in_time(self, queries: int, seconds: float | None) -> None:
@@ -87,14 +94,24 @@ class Searches:
         Raises:
             OverloadedError: the index would be done with it too late.
         """
-        self._backlog.require_in_time(queries, seconds)
+        with self._lock:
+            # A single search comes after one part of each batch, a batch after all of them at worst.
+            later = sum(max(0, batch.left - batch.part) for batch in self._batches) if queries == 1 else 0
+        self._backlog.require_in_time(queries, seconds, later)
 
     async def run(self, handle: IndexHandle, work: Callable[[DocumentSearcher], T]) -> T:
         """Run work that is short beside a search; the version stays open until the thread is done with it.
 
         A caller who is cancelled leaves the thread behind, and it must not find its files unmapped.
         """
-        return await asyncio.wrap_future(self._submitted(handle, lambda: work(handle.searcher)))
+        self._enter(handle, 0)
+        try:
+            running = self._pool.submit(work, handle.searcher)
+        except BaseException:
+            self._leave(handle, 0)
+            raise
+        running.add_done_callback(lambda _: self._leave(handle, 0))
+        return await asyncio.wrap_future(running)
 
     async def search_batch(
         self,
@@ -104,7 +121,9 @@ class Searches:
         finish: Finish[T],
         seconds: float | None = None,
     ) -> T:
-        """Search a version for a batch of queries, in parts; once the caller is cancelled the rest is dropped.
+        """Search a version for a batch of queries, in parts, between which a thread does what else waits.
+
+        Once the caller is cancelled the rest is dropped.
 
         Args:
             handle: The version.
@@ -117,34 +136,51 @@ class Searches:
             OverloadedError: the search would be done too late; it was not queued.
         """
         self.require_in_time(len(vectors), seconds)
-        batch = _Batch(vectors, search, finish, len(vectors))
-        running = self._submitted(handle, lambda: self._search_in_parts(handle.searcher, batch), batch)
+        # How long these queries take, whose filter or effort may be like nobody else's, only they can tell.
+        part = min(_MOST_TOGETHER, self._backlog.within(_SECONDS_A_PART))
+        batch = _Batch(handle, vectors, search, finish, len(vectors), part)
+        # A running future is not cancelled by who waits for it: a thread may have a part in hand.
+        batch.answer.set_running_or_notify_cancel()
+        self._enter(handle, batch.left)
+        with self._lock:
+            self._batches.add(batch)
+        batch.answer.add_done_callback(lambda _: self._end(batch))
+        self._submit_part(batch)
         try:
-            answer: T = await asyncio.wrap_future(running)
+            answer: T = await asyncio.wrap_future(batch.answer)
         except asyncio.CancelledError:
             self._give_up(batch)
             raise
         return answer
 
-    def _search_in_parts(self, searcher: DocumentSearcher, batch: _Batch) -> Any:
-        searcher, rankings = searcher.snapshot(), list[Ranking]()
-        began = started = time.perf_counter()
-        # How long these queries take, whose filter or effort may be like nobody else's, only they can tell.
-        done, size = 0, min(_MOST_TOGETHER, self._backlog.within(_SECONDS_A_PART))
+    def _submit_part(self, batch: _Batch) -> None:
         try:
-            while done < len(batch.vectors):
-                part = batch.vectors[done : done + size]
-                self._begin(batch, len(part))
-                rankings += batch.search(searcher, part)
-                done += len(part)
-                ended = time.perf_counter()
-                size = max(1, int(len(part) * _SECONDS_A_PART / max(ended - started, 1e-9)))
-                started = ended
-            if batch.given_up:
+            batch.job = self._pool.submit(self._work_on, batch)
+        except BaseException as error:  # noqa: BLE001  it is its caller's to handle
+            batch.answer.set_exception(_raisable(error))
+
+    def _work_on(self, batch: _Batch) -> None:
+        """Search the next part, then have a thread come back for the one after it, or answer."""
+        try:
+            searcher = batch.searcher = batch.searcher or batch.handle.searcher.snapshot()
+            done = len(batch.rankings)
+            vectors = batch.vectors[done : done + batch.part]
+            self._begin(batch, len(vectors))
+            started = time.perf_counter()
+            batch.rankings += batch.search(searcher, vectors)
+            seconds = time.perf_counter() - started
+            self._backlog.learn(len(vectors), seconds)
+            with self._lock:
+                batch.part = max(1, int(len(vectors) * _SECONDS_A_PART / max(seconds, 1e-9)))
+                given_up = batch.given_up
+            if len(batch.rankings) < len(batch.vectors):
+                self._submit_part(batch)
+            elif given_up:
                 raise CancelledError
-            return batch.finish(searcher, rankings, time.perf_counter_ns())
-        finally:
-            self._backlog.learn(done, time.perf_counter() - began)
+            else:
+                batch.answer.set_result(batch.finish(searcher, batch.rankings, time.perf_counter_ns()))
+        except BaseException as error:  # noqa: BLE001  it is its caller's to handle
+            batch.answer.set_exception(_raisable(error))
 
     def _begin(self, batch: _Batch, queries: int) -> None:
         """Count the part before as done, and begin another unless nobody waits for it."""
@@ -162,25 +198,14 @@ class Searches:
             dropped = batch.left - batch.begun
             batch.left = batch.begun
         self._backlog.progress(dropped)
+        if batch.job is not None and batch.job.cancel():
+            batch.answer.set_exception(CancelledError())
 
-    def _submitted(self, handle: IndexHandle, work: Callable[[], T], batch: _Batch | None = None) -> Future[T]:
-        """Have a thread do it; until it ends or is dropped the version is held, and what is left of a batch counted."""
-
-        def leave(_: Future[T] | None = None) -> None:
-            with self._lock:
-                left = 0
-                if batch is not None:
-                    left, batch.left, batch.begun = batch.left, 0, 0
-            self._leave(handle, left)
-
-        self._enter(handle, 0 if batch is None else batch.left)
-        try:
-            running = self._pool.submit(work)
-        except BaseException:
-            leave()
-            raise
-        running.add_done_callback(leave)
-        return running
+    def _end(self, batch: _Batch) -> None:
+        with self._lock:
+            self._batches.discard(batch)
+            left, batch.left, batch.begun = batch.left, 0, 0
+        self._leave(batch.handle, left)
 
     async def search(
         self, handle: IndexHandle, vector: Vectors, k: int, finish: Finish[T], seconds: float | None = None

@@ -363,7 +363,7 @@ def test_what_is_left_of_a_batch_whose_caller_went_is_dropped() -> None:
         waiting = asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every))
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError, match="the index is busy"):
-            await searches.search(handle, query(0), 3, first, seconds=1.0)
+            await searches.search_batch(handle, QUERIES[:2], batches, every, seconds=1.0)
         running.cancel()
         waiting.cancel()
         await asyncio.gather(running, waiting, return_exceptions=True)
@@ -372,6 +372,26 @@ def test_what_is_left_of_a_batch_whose_caller_went_is_dropped() -> None:
 
     run(1, scenario)
     assert sum(batches.sizes) < 5
+
+
+def test_a_batch_keeps_no_thread_from_what_is_short() -> None:
+    """Otherwise as many bulk callers as there are threads shut out everybody else for as long as they like."""
+    batches = Batches(0.05)
+
+    async def scenario(searches: Searches) -> None:
+        handle = IndexHandle(FakeSearcher())
+        for _ in range(60):
+            searches._backlog.learn(1, 0.05)
+        bulk = [asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every)) for _ in range(2)]
+        assert await asyncio.to_thread(batches.begun.acquire, timeout=20)
+        # Two batches of two seconds: neither refused for the wait nor answered after it.
+        assert await searches.search(handle, query(0), 3, first, seconds=1.0) == alone(0, 3)
+        assert await searches.run(handle, lambda searcher: searcher.version) == "0000000001-cafe"
+        assert sum(batches.sizes) < len(QUERIES)
+        expected = [alone(i, 3) for i in range(len(QUERIES))]
+        assert await asyncio.gather(*bulk) == [expected, expected]
+
+    run(1, scenario)
 
 
 def test_a_batch_that_goes_on_counts_only_what_is_left_of_it() -> None:
