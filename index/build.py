@@ -12,15 +12,15 @@ import numpy as np
 from index.changes import Changes
 from index.documents import field_types, finite_fields, write_documents
 from index.ids import IDS, write_ids
-from index.kinds import resolved, write_ann
+from index.kinds import ANN, resolved, write_ann
 from index.manifest import IndexContent, IndexManifest, check_files
 from index.merge import NO_UPDATE, MergedCorpus
 from index.probes import PROBE_COUNT, PROBES, evenly_spaced
 from index.search import Opened, make_probes, passes_self_test
 from index.store import IndexStore, hold
-from index.tune import EXACT_BELOW, Considered, choose, exact, sampled, tune
+from index.tune import EXACT_BELOW, Considered, choose, decide, exact, sampled, tune
 from index.updates import FOLDED, START, UpdateLog
-from index.vectors import BLOCK_ROWS, write_stored
+from index.vectors import BLOCK_ROWS, StoredVectors, write_stored
 from retrieval_kd.collections.base import Collection
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.card import EncoderCard, require_same_space
@@ -28,7 +28,7 @@ from retrieval_kd.encoders.corpus import EncodedCorpus
 from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.errors import DataError, did_you_mean
 from retrieval_kd.pages import forget_pages
-from retrieval_kd.recipes.schema import IndexSpec
+from retrieval_kd.recipes.schema import IndexKind, IndexSpec
 
 
 def build_index(
@@ -117,16 +117,15 @@ def build_index(
         if update is not NO_UPDATE:
             UpdateLog(folder / FOLDED).append(update)
         beside = sum(path.stat().st_size for path in folder.iterdir())
-        chosen, considered = _chosen(content, merged, asked, beside)
-        index = resolved(chosen, content.count, content.dimension)
+        considered = _considered(content, merged, asked, beside)
         stored = write_stored(folder, blocks, shape, spec.storage)
-        write_ann(folder, stored, index)
-        seen = {"considered": [asdict(one) for one in considered]} if considered else {}
-        finished = replace(content, index=index, largest_norm=stored.longest(), tuning=seen)
+        sized = replace(content, largest_norm=stored.longest())
         # Its pages would count a second time beside those of the finished folder, which is opened from here on.
         del stored
-        if asked is not None:
-            finished = tuned(folder, finished, asked, spec.target_recall, considered)
+        if spec.kind == "auto":
+            finished = decide(considered, lambda kind: _of_kind(folder, sized, kind, asked))
+        else:
+            finished = _of_kind(folder, sized, spec.kind, asked)
         if queries is None:
             probes = merged.rows(evenly_spaced(len(merged.ids), PROBE_COUNT))
         else:
@@ -180,7 +179,7 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
                 if entry.path != PROBES:
                     (folder / entry.path).hardlink_to(source / entry.path)
             asked = truncated(np.asarray(queries.vectors), before.dimension, before.document_encoder.normalize)
-            finished = tuned(folder, content, asked, target, [])
+            finished = tuned(folder, content, asked, target)
             probes = queries.vectors[evenly_spaced(len(queries.vectors), PROBE_COUNT)]
             make_probes(folder, finished, probes).save(folder)
             return finished
@@ -196,25 +195,29 @@ def retune(store: Path, queries: EncodedCorpus, target: float) -> Path:
         lease.release()
 
 
-def tuned(
-    folder: Path, content: IndexContent, queries: Vectors, target: float, considered: Sequence[Considered]
-) -> IndexContent:
+def tuned(folder: Path, content: IndexContent, queries: Vectors, target: float) -> IndexContent:
     """Return what a folder holds with its search effort set by measuring it."""
     effort, tuning = tune(Opened(folder, content), queries, target)
-    return replace(
-        content,
-        index=replace(content.index, **asdict(effort)),
-        tuning=replace(tuning, considered=tuple(considered)).to_json(),
-    )
+    return replace(content, index=replace(content.index, **asdict(effort)), tuning=tuning.to_json())
 
 
-def _chosen(
+def _of_kind(folder: Path, content: IndexContent, kind: IndexKind, queries: Vectors | None) -> IndexContent:
+    """Build what a kind needs beside the stored vectors, and tune it where there are queries."""
+    index = resolved(replace(content.requested, kind=kind), content.count, content.dimension)
+    # Of a kind that did not do.
+    (folder / ANN).unlink(missing_ok=True)
+    write_ann(folder, StoredVectors.open(folder, index.storage), index)
+    made = replace(content, index=index)
+    return made if queries is None else tuned(folder, made, queries, index.target_recall)
+
+
+def _considered(
     content: IndexContent, corpus: MergedCorpus, queries: Vectors | None, beside: int
-) -> tuple[IndexSpec, Sequence[Considered]]:
-    """Return the spec with a kind instead of ``auto``, and what it was chosen from."""
+) -> Sequence[Considered]:
+    """Return what ``auto`` may take; nothing where a kind was named."""
     spec = content.requested
     if spec.kind != "auto":
-        return spec, ()
+        return ()
     if content.count < EXACT_BELOW:
         return exact(spec, content, beside)
     if queries is None:

@@ -11,6 +11,7 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,9 @@ _MOST_OVERSAMPLE = 200
 EXACT_BELOW = 20_000
 # Below so many documents, which kinds are worth building.
 _CANDIDATES: tuple[tuple[float, tuple[IndexKind, ...]], ...] = (
-    (500_000, ("fastscan", "hnsw", "ivf-pq")),
-    (5_000_000, ("hnsw-sq8", "ivf-pq", "ivf-rabitq")),
-    (math.inf, ("ivf-pq", "ivf-rabitq")),
+    (500_000, ("exact", "fastscan", "hnsw", "ivf-pq")),
+    (5_000_000, ("exact", "fastscan", "hnsw", "ivf-pq", "ivf-rabitq")),
+    (math.inf, ("exact", "ivf-pq", "ivf-rabitq")),
 )
 _SAMPLE = 50_000
 _MIB = 1 << 20
@@ -73,7 +74,7 @@ class Considered:
         recall: Its recall on the sample.
         milliseconds: What a query over the whole corpus is expected to take; 0 where that was not measured.
         bytes: What the whole version's files are expected to take, but for manifest and probes.
-        verdict: ``chosen``, or why not.
+        verdict: ``chosen``, or why not; empty while it may be.
     """
 
     kind: IndexKind
@@ -92,18 +93,16 @@ class Tuning:
         queries: How many queries it is averaged over.
         recall: The recall at the chosen effort.
         curve: Every point that was measured, least effort first.
-        considered: The kinds ``auto`` chose from; empty when the kind was given.
     """
 
     target: float
     queries: int
     recall: float
     curve: tuple[Measured, ...]
-    considered: tuple[Considered, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {**asdict(self), "depth": DEPTH, "curve": [asdict(point) for point in self.curve]}
+        return {**asdict(self), "depth": DEPTH, "curve": [asdict(point) for point in self.curve], "considered": []}
 
 
 def tune(opened: Opened, queries: Vectors, target: float) -> tuple[Effort, Tuning]:
@@ -139,8 +138,8 @@ def tune(opened: Opened, queries: Vectors, target: float) -> tuple[Effort, Tunin
     return effort, Tuning(target, len(bench.queries), bench.point(effort).recall, tuple(curve))
 
 
-def exact(spec: IndexSpec, content: IndexContent, beside: int) -> tuple[IndexSpec, list[Considered]]:
-    """Return the spec with ``auto`` replaced by ``exact``, which has no file of its own and so takes the least.
+def exact(spec: IndexSpec, content: IndexContent, beside: int) -> list[Considered]:
+    """Return ``exact`` as what ``auto`` may take; it has no file of its own and so takes the least.
 
     Args:
         spec: What was asked for; its kind is ``auto``.
@@ -156,13 +155,13 @@ def exact(spec: IndexSpec, content: IndexContent, beside: int) -> tuple[IndexSpe
             f"index kind auto: exact, the smallest kind, {verdict}; allow more memory, or ask for storage float16 or "
             "sq8, a smaller dimension or fewer fields"
         )
-    return replace(spec, kind="exact"), [Considered("exact", 1.0, 0.0, size, "chosen")]
+    return [Considered("exact", 1.0, 0.0, size, "")]
 
 
 def choose(
     spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Vectors, beside: int
-) -> tuple[IndexSpec, list[Considered]]:
-    """Return the spec with ``auto`` replaced by the fastest kind that reaches the target within the memory limit.
+) -> list[Considered]:
+    """Return what ``auto`` may take for so many documents, each kind measured on a sample of them.
 
     Args:
         spec: What was asked for; its kind is ``auto``.
@@ -171,8 +170,8 @@ def choose(
         queries: float32 ``[m, d]``, by the query encoder, as wide.
         beside: Bytes of the files that every kind has beside vectors and codes.
 
-    Raises:
-        DataError: no kind will do; says why for each.
+    Returns:
+        The kinds; those that reach the target within the memory limit have no verdict.
     """
     kinds = next(kinds for below, kinds in _CANDIDATES if content.count < below)
     considered = []
@@ -180,15 +179,33 @@ def choose(
         for kind in kinds:
             considered.append(_tried(replace(spec, kind=kind), content, vectors, queries, beside))
             advance(1)
-    able = [one for one in considered if one.verdict == ""]
-    if not able:
-        said = "; ".join(f"{one.kind}: {one.verdict}" for one in considered)
-        raise DataError(f"index kind auto: no kind will do ({said}); ask for less recall or allow more memory")
-    best = min(able, key=lambda one: one.milliseconds)
-    verdicts = [
-        one if one.verdict else replace(one, verdict="chosen" if one is best else "slower") for one in considered
-    ]
-    return replace(spec, kind=best.kind), verdicts
+    return considered
+
+
+def decide(considered: Sequence[Considered], works: Callable[[IndexKind], IndexContent]) -> IndexContent:
+    """Return what the fastest kind makes of it that also does over all documents what it did over a sample.
+
+    Args:
+        considered: What may be taken.
+        works: Builds a kind; raises DataError where it does not reach the target after all.
+
+    Raises:
+        DataError: no kind will do; says why for each.
+    """
+    verdicts = {one.kind: one.verdict for one in considered}
+    for one in sorted(considered, key=lambda one: one.milliseconds):
+        if verdicts[one.kind]:
+            continue
+        try:
+            made = works(one.kind)
+        except DataError as error:
+            verdicts[one.kind] = str(error)
+            continue
+        verdicts = {kind: verdict or "slower" for kind, verdict in verdicts.items()} | {one.kind: "chosen"}
+        seen = [asdict(replace(one, verdict=verdicts[one.kind])) for one in considered]
+        return replace(made, tuning={**made.tuning, "considered": seen})
+    said = "; ".join(f"{kind}: {verdict}" for kind, verdict in verdicts.items())
+    raise DataError(f"index kind auto: no kind will do ({said}); ask for less recall or allow more memory")
 
 
 def sampled(count: int) -> npt.NDArray[np.int64]:
@@ -227,7 +244,7 @@ def _growth(kind: str, count: int, sample: int) -> float:
     """Return how much longer a query takes over ``count`` documents than over ``sample``."""
     if kind.startswith("hnsw"):
         return math.log(count) / math.log(sample)
-    return count / sample if kind == "fastscan" else math.sqrt(count / sample)
+    return count / sample if kind in ("exact", "fastscan") else math.sqrt(count / sample)
 
 
 class _Bench:

@@ -12,7 +12,7 @@ from index import tune as tune_module
 from index.build import build_index, retune
 from index.kinds import Effort
 from index.manifest import IndexManifest
-from index.search import Searcher
+from index.search import Opened, Searcher
 from index.store import IndexStore
 from index.verify import inspect, verify
 from retrieval_kd.encoders.corpus import EncodedCorpus
@@ -154,7 +154,7 @@ def test_auto_builds_measures_and_remembers(
     version = build_index(documents, IndexSpec("auto", target_recall=0.9), tmp_path, queries=queries)
     seen = json.loads(json.dumps(inspect(tmp_path)))
     tried = seen["tuning"]["considered"]
-    assert [one["kind"] for one in tried] == ["fastscan", "hnsw", "ivf-pq"]
+    assert [one["kind"] for one in tried] == ["exact", "fastscan", "hnsw", "ivf-pq"]
     (chosen,) = [one for one in tried if one["verdict"] == "chosen"]
     assert chosen["kind"] == seen["index"]["kind"]
     assert chosen["milliseconds"] == min(one["milliseconds"] for one in tried)
@@ -172,7 +172,7 @@ def test_auto_stays_within_memory(
     assert abs(expected["hnsw"] / total(tmp_path / "a", "hnsw", documents) - 1) < 0.1
     monkeypatch.setattr(tune_module, "_MIB", 1)
     limits = {"none": min(expected.values()) - 1, "some": max(expected.values()) - 1}
-    with pytest.raises(DataError, match=r"no kind will do \(fastscan: takes \d+ MiB, more than \d+; hnsw: takes"):
+    with pytest.raises(DataError, match=r"no kind will do \(exact: takes \d+ MiB, more than \d+; fastscan: takes"):
         limited(limits["none"], documents, queries, tmp_path / "b")
     tried = limited(limits["some"], documents, queries, tmp_path / "c")
     assert [one.bytes <= limits["some"] for one in tried] == ["takes" not in one.verdict for one in tried]
@@ -202,6 +202,45 @@ def test_auto_without_queries_is_refused(
         build_index(documents, IndexSpec("auto"), tmp_path)
 
 
+def test_auto_falls_back_on_the_next_kind_and_says_why(
+    documents: EncodedCorpus, queries: EncodedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kind that did over a sample may not do over all documents: hours of building would end with nothing."""
+    small_auto(monkeypatch)
+    failed = []
+
+    def over_all(opened: Opened, asked: np.ndarray, target: float) -> tuple[Effort, tune_module.Tuning]:
+        if opened.content.index.kind != "exact":
+            failed.append(opened.content.index.kind)
+            raise DataError(f"index kind {opened.content.index.kind} finds too little")
+        return tune_module.tune(opened, asked, target)
+
+    monkeypatch.setattr(build_module, "tune", over_all)
+    monkeypatch.setattr(tune_module, "_growth", lambda kind, *_: 1000.0 if kind == "exact" else 1.0)
+    version = build_index(documents, IndexSpec("auto", target_recall=0.9), tmp_path, queries=queries)
+    seen = inspect(tmp_path)
+    assert sorted(failed) == ["fastscan", "hnsw", "ivf-pq"]
+    assert seen["index"]["kind"] == "exact"
+    assert {one["kind"]: one["verdict"] for one in seen["tuning"]["considered"]} == {
+        "exact": "chosen",
+        **{kind: f"index kind {kind} finds too little" for kind in failed},
+    }
+    assert not (version / "ann.faiss").exists()
+    with Searcher.open(version) as searcher:
+        assert recall(searcher, queries.vectors) == 1
+
+
+def test_auto_takes_exact_where_only_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise who has little memory is told that no kind will do, though one does."""
+    small_auto(monkeypatch)
+    many, asked = corpus(clustered(1, 2000, 64)), corpus(clustered(2, 60, 64))
+    monkeypatch.setattr(tune_module, "_MIB", 1)
+    expected = {one.kind: one.bytes for one in limited(0, many, asked, tmp_path / "a")}
+    tried = limited(min(expected[kind] for kind in expected if kind != "exact") - 1, many, asked, tmp_path / "b")
+    assert [one.kind for one in tried if one.verdict == "chosen"] == ["exact"]
+    assert sum("more than" in one.verdict for one in tried) == 3
+
+
 def test_auto_says_why_nothing_will_do(
     documents: EncodedCorpus, queries: EncodedCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,5 +248,7 @@ def test_auto_says_why_nothing_will_do(
     small_auto(monkeypatch)
     monkeypatch.setattr(tune_module, "_MOST_NODES", 10)
     monkeypatch.setattr(tune_module, "_MOST_OVERSAMPLE", 1)
-    with pytest.raises(DataError, match=r"no kind will do \(fastscan: index kind fastscan finds 0\.\d+"):
-        build_index(documents, IndexSpec("auto", target_recall=1.0), tmp_path, queries=queries)
+    monkeypatch.setattr(tune_module, "_MIB", 1)
+    reasons = r"no kind will do \(exact: takes \d+ MiB, more than 1000; fastscan: index kind fastscan finds 0\.\d+"
+    with pytest.raises(DataError, match=reasons):
+        build_index(documents, IndexSpec("auto", target_recall=1.0, memory_mib=1000), tmp_path, queries=queries)
