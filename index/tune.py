@@ -158,9 +158,7 @@ def exact(spec: IndexSpec, content: IndexContent, beside: int) -> list[Considere
     return [Considered("exact", 1.0, 0.0, size, "")]
 
 
-def choose(
-    spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Vectors, beside: int
-) -> list[Considered]:
+def choose(spec: IndexSpec, content: IndexContent, vectors: Vectors, queries: Vectors, beside: int) -> list[Considered]:
     """Return what ``auto`` may take for so many documents, each kind measured on a sample of them.
 
     Args:
