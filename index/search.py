@@ -231,6 +231,12 @@ class Searcher:
         return self._content.count if delta is None else delta.count
 
     @property
+    def updates(self) -> int:
+        """Return how many added or replaced documents every search compares with, until the next build."""
+        delta = self._refresh()
+        return 0 if delta is None else len(delta.living)
+
+    @property
     def dimension(self) -> int:
         """Return the width of the vectors that :meth:`search` takes: what the encoder makes."""
         return self.card.dimension

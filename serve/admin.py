@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,13 +48,15 @@ class IndexAdmin(rpc.IndexAdminServiceServicer):
         self, request: pb.UpsertDocumentsRequest, context: Context
     ) -> pb.UpsertDocumentsResponse:
         """Add documents or replace them."""
+        arrived = time.perf_counter_ns()
         engine = self._slot.engine
         searcher = engine.index.searcher
         _refuse(upsert_violations(request, self._limits, searcher.dimension, searcher.field_types))
         documents = request.documents
         texts = [content(document) for document in documents if not document.HasField("vector")]
         seconds = context.time_remaining()
-        encoded = iter((await engine.embed(texts, "document", seconds)).vectors)
+        embedded = await engine.embed(texts, "document", seconds)
+        encoded = iter(embedded.vectors)
         vectors = np.stack([from_message(one.vector) if one.HasField("vector") else next(encoded) for one in documents])
         ids = [document.doc_id for document in documents]
 
@@ -62,16 +65,29 @@ class IndexAdmin(rpc.IndexAdminServiceServicer):
             searcher.upsert(ids, vectors, [stored_fields(document, types) for document in documents])
 
         version, count = await self._write("documents", write)
-        return pb.UpsertDocumentsResponse(index_version=version, document_count=count)
+        timings = pb.Timings(
+            tokenize_ns=embedded.tokenize_ns,
+            queue_ns=embedded.queue_ns,
+            encode_ns=embedded.encode_ns,
+            total_ns=time.perf_counter_ns() - arrived,
+        )
+        return pb.UpsertDocumentsResponse(
+            index_version=version,
+            document_count=count,
+            document_encoder=engine.encoder.card.fingerprint,
+            timings=timings,
+        )
 
     async def DeleteDocuments(  # noqa: N802
         self, request: pb.DeleteDocumentsRequest, context: Context
     ) -> pb.DeleteDocumentsResponse:
         """Remove documents."""
+        arrived = time.perf_counter_ns()
         _refuse(delete_violations(request, self._limits))
         ids = list(request.doc_ids)
         version, count = await self._write("doc_ids", lambda searcher: searcher.delete(ids))
-        return pb.DeleteDocumentsResponse(index_version=version, document_count=count)
+        timings = pb.Timings(total_ns=time.perf_counter_ns() - arrived)
+        return pb.DeleteDocumentsResponse(index_version=version, document_count=count, timings=timings)
 
     async def _write(self, field: str, change: Callable[[DocumentSearcher], None]) -> tuple[str, int]:
         try:

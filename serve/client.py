@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -305,7 +305,7 @@ class RetrievalClient:
     def _stream(self, name: str, method: Callable[..., Iterable[Response]], requests: Iterator[Any]) -> Iterator[Any]:
         source = _Source(requests)
         try:
-            yield from method(iter(source), metadata=self._to.metadata)
+            yield from method(source.requests(), metadata=self._to.metadata)
         except ValueError as error:
             raise _closed(name, error) from None
         except grpc.RpcError as error:
@@ -326,16 +326,47 @@ class _Source:
 
     def __init__(self, requests: Iterator[Any]) -> None:
         self._requests = requests
-        self._error: Exception | None = None
+        self._failure = _Failure()
 
-    def __iter__(self) -> Iterator[Any]:
-        try:
+    def requests(self) -> Iterator[Any]:
+        with self._failure:
             yield from self._requests
-        except Exception as error:  # noqa: BLE001  whatever the caller's own iterator raises is the caller's
-            self._error = error
 
     def check(self) -> None:
         """Raise what ended the requests early, now that all that were sent are answered."""
+        self._failure.check()
+
+
+class _AsyncSource:
+    """What :class:`_Source` is, of requests that come asynchronously."""
+
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = requests
+        self._failure = _Failure()
+
+    async def requests(self) -> AsyncIterator[Any]:
+        with self._failure:
+            async for request in self._requests:
+                yield request
+
+    def check(self) -> None:
+        self._failure.check()
+
+
+class _Failure:
+    """Keeps what goes wrong in a block; whatever the caller's own iterator raises is the caller's."""
+
+    def __init__(self) -> None:
+        self._error: Exception | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Exception):
+            self._error = error
+        return isinstance(error, Exception)
+
+    def check(self) -> None:
         if self._error is not None:
             raise self._error
 
@@ -408,10 +439,17 @@ class AsyncRetrievalClient:
         return found
 
     async def search_stream(
-        self, texts: Iterable[str], top_k: int = 10, options: Options | None = None
+        self, texts: Iterable[str] | AsyncIterable[str], top_k: int = 10, options: Options | None = None
     ) -> AsyncIterator[SearchResult | ServeError]:
-        """Rank documents against texts as they come; an outcome for each, as :class:`RetrievalClient` has it."""
-        requests = messages.tagged_searches(texts, top_k, options)
+        """Rank documents against texts as they come; an outcome for each, as :class:`RetrievalClient` has it.
+
+        A plain iterable is read on the event loop: texts that are waited for should come asynchronously.
+        """
+        requests: Iterator[Any] | AsyncIterator[Any]
+        if isinstance(texts, AsyncIterable):
+            requests = messages.tagged_searches_as_they_come(texts, top_k, options)
+        else:
+            requests = messages.tagged_searches(texts, top_k, options)
         async for answer in self._stream("search_stream", self._stubs.retrieval.StreamSearch, requests):
             yield self._to.searched(answer)
 
@@ -496,10 +534,12 @@ class AsyncRetrievalClient:
             attempt += 1
             await asyncio.sleep(pause)
 
-    async def _stream(self, name: str, method: Callable[..., Any], requests: Iterator[Any]) -> AsyncIterator[Any]:
-        source = _Source(requests)
+    async def _stream(
+        self, name: str, method: Callable[..., Any], requests: Iterator[Any] | AsyncIterator[Any]
+    ) -> AsyncIterator[Any]:
+        source = _AsyncSource(requests) if isinstance(requests, AsyncIterator) else _Source(requests)
         try:
-            async for answer in method(iter(source), metadata=self._to.metadata):
+            async for answer in method(source.requests(), metadata=self._to.metadata):
                 yield answer
         except grpc.aio.UsageError as error:
             raise _closed(name, error) from None

@@ -52,6 +52,10 @@ class DocumentSearcher(Protocol):
         """Return the number of documents that can be found."""
 
     @property
+    def updates(self) -> int:
+        """Return how many documents were added or replaced since the build."""
+
+    @property
     def dimension(self) -> int:
         """Return the vector width."""
 
@@ -196,10 +200,11 @@ class IndexHandle:
 
 @dataclass(frozen=True)
 class _Opened:
-    """A version that has passed its test, and its documents, counted where reading files holds up nobody."""
+    """A version that has passed its test, and its counts, made where reading files holds up nobody."""
 
     searcher: DocumentSearcher
     count: int
+    updates: int
 
 
 class IndexHost:
@@ -268,7 +273,7 @@ class IndexHost:
             if self._handle is not None and version == self._handle.searcher.version:
                 searcher = self._handle.searcher
                 # Other processes change it, too, and a page of several workers shows the lowest count.
-                self._metrics.documents(await asyncio.to_thread(lambda: searcher.count))
+                self._metrics.documents(*await asyncio.to_thread(_counts, searcher))
                 return version
             if version == self._refused and not again:
                 raise NotReadyError(f"index version {version} was refused before; publish a sound one")
@@ -310,18 +315,18 @@ class IndexHost:
             StoreError: the change cannot be written.
         """
 
-        def change(searcher: DocumentSearcher) -> int:
+        def change(searcher: DocumentSearcher) -> tuple[int, int]:
             work(searcher)
-            return searcher.count
+            return _counts(searcher)
 
         async with self._swapping:
             with self.hold() as handle:
                 searcher = handle.searcher
                 try:
-                    count = await _to_its_end(asyncio.ensure_future(asyncio.to_thread(change, searcher)))
+                    count, updates = await _to_its_end(asyncio.ensure_future(asyncio.to_thread(change, searcher)))
                 except ArtifactError as error:
                     raise await self._unwritten(searcher.version, error) from error
-                self._metrics.documents(count)
+                self._metrics.documents(count, updates)
                 return searcher.version, count
 
     async def _unwritten(self, served: str, error: ArtifactError) -> ServeError:
@@ -369,7 +374,7 @@ class IndexHost:
             try:
                 searcher.check_query_encoder(self._card)
                 searcher.self_test()
-                return _Opened(searcher, searcher.count)
+                return _Opened(searcher, *_counts(searcher))
             except BaseException:
                 searcher.close()
                 raise
@@ -394,7 +399,7 @@ class IndexHost:
     def _swap(self, opened: _Opened) -> None:
         before, self._handle = self._handle, IndexHandle(opened.searcher)
         self._refused = ""
-        self._metrics.index(opened.searcher.version, opened.count)
+        self._metrics.index(opened.searcher.version, opened.count, opened.updates)
         _log.info("serving index version %s", opened.searcher.version)
         if before is not None:
             before.release()
@@ -403,6 +408,11 @@ class IndexHost:
         if self._handle is None:
             raise NotReadyError("no index is loaded; wait until the server's health is SERVING")
         return self._handle
+
+
+def _counts(searcher: DocumentSearcher) -> tuple[int, int]:
+    """Return the documents that can be found, and how many of them are not in the build."""
+    return searcher.count, searcher.updates
 
 
 async def _to_its_end(work: asyncio.Future[T]) -> T:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from retrieval_kd.errors import ServeError, did_you_mean
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 """Both sides set it: gRPC's own 4 MB default, on the client too, is the most reported surprise of such services."""
@@ -53,6 +57,25 @@ class Limits:
     max_stream_idle_ms: int = 300_000
     max_id_bytes: int = 512
     max_filter_depth: int = 32
+
+    @classmethod
+    def of(cls, settings: Iterable[str]) -> Limits:
+        """Return the limits with some set by ``NAME=NUMBER``.
+
+        Raises:
+            ServeError: no such limit, or a number that a limit cannot be.
+        """
+        known = [limit.name for limit in fields(cls)]
+        given: dict[str, int] = {}
+        for setting in settings:
+            name, _, number = setting.partition("=")
+            if name not in known:
+                raise ServeError(f"--limit {setting}: no limit {name!r}{did_you_mean(name, known)}")
+            # The protocol tells them as uint32; ten digits are its most.
+            if not re.fullmatch("[0-9]{1,10}", number) or not 1 <= int(number) < 1 << 32:
+                raise ServeError(f"--limit {setting}: give {name}=NUMBER, a whole number from 1 to 2^32 - 1")
+            given[name] = int(number)
+        return cls(**given)
 
     @property
     def max_rerank_pairs(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,7 +23,7 @@ from serve.tls import is_loopback
 from serve.vectors import from_message, to_message
 
 T = TypeVar("T")
-Texts = TypeVar("Texts", bound=Iterable[str])
+Texts = TypeVar("Texts", bound=Iterable[str] | AsyncIterable[str])
 DEADLINE_SECONDS = 5.0
 """A call without a deadline waits for ever when a network swallows it."""
 RETRIES = 3
@@ -455,13 +455,32 @@ def tagged_searches(texts: Iterable[str], top_k: int, options: Options | None) -
     Raises:
         ServeError: the wire cannot carry ``top_k`` or the filter, or one bare text.
     """
+    tagged = _tagger(texts, top_k, options)
+    return (tagged(tag, text) for tag, text in enumerate(texts))
+
+
+def tagged_searches_as_they_come(
+    texts: AsyncIterable[str], top_k: int, options: Options | None
+) -> AsyncIterator[pb.StreamSearchRequest]:
+    """Return what :func:`tagged_searches` does, of texts that come asynchronously."""
+    tagged = _tagger(texts, top_k, options)
+
+    async def requests() -> AsyncIterator[pb.StreamSearchRequest]:
+        tag = 0
+        async for text in texts:
+            yield tagged(tag, text)
+            tag += 1
+
+    return requests()
+
+
+def _tagger(
+    texts: Iterable[str] | AsyncIterable[str], top_k: int, options: Options | None
+) -> Callable[[int, str], pb.StreamSearchRequest]:
     checked_texts("search_stream", texts)
-    # At once: gRPC reads a stream's requests in a thread of its own, where an error has nobody to go to.
+    # At once: gRPC reads a stream's requests where an error has nobody to go to.
     search_request("", None, top_k, options)
-    return (
-        pb.StreamSearchRequest(tag=tag, search=search_request(text, None, top_k, options))
-        for tag, text in enumerate(texts)
-    )
+    return lambda tag, text: pb.StreamSearchRequest(tag=tag, search=search_request(text, None, top_k, options))
 
 
 def tagged_embeds(texts: Sequence[str], documents: bool) -> Iterator[pb.StreamEmbedRequest]:

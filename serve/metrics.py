@@ -78,6 +78,14 @@ class Metrics:
             multiprocess_mode="livemin",
         )
 
+        self._updates = Gauge(
+            "rkd_index_updates",
+            "Documents added or replaced since the build, which every search compares with one by one: build anew "
+            "before they are more than a few thousand.",
+            registry=self.registry,
+            multiprocess_mode="livemax",
+        )
+
     def began(self) -> None:
         """Count a call that arrived."""
         self._in_flight.inc()
@@ -106,15 +114,16 @@ class Metrics:
         """Count texts that were not encoded."""
         self._dropped.labels(reason).inc(texts)
 
-    def index(self, version: str, documents: int) -> None:
+    def index(self, version: str, documents: int, updates: int) -> None:
         """Tell which version is served; its name begins with its number."""
         self._reloads.labels("ok").inc()
         self._version.set(int(version.split("-")[0]))
-        self.documents(documents)
+        self.documents(documents, updates)
 
-    def documents(self, count: int) -> None:
-        """Tell how many documents can be found."""
+    def documents(self, count: int, updates: int) -> None:
+        """Tell how many documents can be found, and how many of them came after the build."""
         self._documents.set(count)
+        self._updates.set(updates)
 
     def index_refused(self) -> None:
         """Count a version that could not be opened or failed its test."""

@@ -52,6 +52,13 @@ def serve(
     drain_delay: Annotated[
         float, typer.Option(min=0, help="Seconds from NOT_SERVING to refusing calls, for load balancers.")
     ] = 0.0,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds that calls in flight may take when the server stops.")
+    ] = 10.0,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="Set one of the limits that GetServerInfo names; may be given again."),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Open and test everything, then stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -65,6 +72,7 @@ def serve(
     if tls_client_ca is not None and tls_cert is None:
         raise ServeError("--tls-client-ca needs --tls-cert and --tls-key")
     from serve.config import ServeConfig
+    from serve.limits import Limits
     from serve.tls import CertificateFiles
 
     index, query_encoder = served_folder(store, encoder)
@@ -87,6 +95,8 @@ def serve(
         trace=trace,
         json_logs=log_format == "json",
         drain_delay=drain_delay,
+        drain_seconds=drain_seconds,
+        limits=Limits.of(limit or ()),
     )
     if check:
         import asyncio

@@ -92,6 +92,7 @@ class FakeSearcher:
     dimension = DIMENSION
     effort = Effort(ef_search=64, probes=8, oversample=10)
     field_types: ClassVar = {"title": "text", "text": "text", "number": "int"}
+    updates = 0
 
     def __init__(
         self, count: int = 40, card: EncoderCard = CARD, id_format: str = "doc-{}", version: str = "0000000001-cafe"

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,45 @@ def test_what_the_texts_of_a_stream_raise_comes_after_the_answers(
             async for outcome in client.search_stream(texts()):
                 answered.append(outcome)  # noqa: PERF401  a comprehension that fails keeps nothing
 
-    for run in (sync, lambda: asyncio.run(asynchronous())):
+    async def as_they_come() -> AsyncIterator[str]:
+        for text in texts():
+            await asyncio.sleep(0)
+            yield text
+
+    async def wholly_asynchronous() -> None:
+        async with AsyncRetrievalClient(server.target) as client:
+            async for outcome in client.search_stream(as_they_come()):
+                answered.append(outcome)  # noqa: PERF401  a comprehension that fails keeps nothing
+
+    for run in (sync, lambda: asyncio.run(asynchronous()), lambda: asyncio.run(wholly_asynchronous())):
         answered.clear()
         with pytest.raises(error, match=match):
             run()
         assert [type(one) for one in answered] == [SearchResult]
+
+
+def test_texts_that_are_waited_for_hold_up_no_other_call(client: RetrievalClient, server: Running) -> None:
+    """Without it a stream of what users type now would stop the whole event loop until the next of them types."""
+
+    async def main() -> None:
+        typed: asyncio.Queue[str] = asyncio.Queue()
+
+        async def texts() -> AsyncIterator[str]:
+            while text := await typed.get():
+                yield text
+
+        async with AsyncRetrievalClient(server.target) as own:
+            stream = own.search_stream(texts(), 4)
+            for text in ("a", "b b"):
+                outcome = asyncio.ensure_future(anext(stream))
+                assert (await own.search(text, top_k=4)).hits == client.search(text, top_k=4).hits
+                assert not outcome.done()
+                typed.put_nowait(text)
+                assert (await outcome).hits == client.search(text, top_k=4).hits
+            typed.put_nowait("")
+            assert [outcome async for outcome in stream] == []
+
+    asyncio.run(main())
 
 
 def test_a_text_of_a_stream_that_cannot_be_encoded_is_named(client: RetrievalClient, server: Running) -> None:

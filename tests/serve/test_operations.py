@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -369,3 +370,40 @@ def test_the_commands_options_reach_the_server(monkeypatch: pytest.MonkeyPatch, 
     assert (secured.tokens, secured.json_logs, secured.reranker) == (Path("t"), True, None)
     with pytest.raises(ServeError, match="--tls-cert and --tls-key belong together"):
         configured(monkeypatch, run, "--tls-cert", "c.pem")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["max_topk=3"], r"--limit max_topk=3: no limit 'max_topk', did you mean 'max_top_k'\?"),
+        (["max_top_k"], r"--limit max_top_k: give max_top_k=NUMBER, a whole number from 1 to 2\^32 - 1"),
+        (["max_top_k=0"], "give max_top_k=NUMBER"),
+        (["max_top_k=-1"], "give max_top_k=NUMBER"),
+        (["max_top_k=4294967296"], "give max_top_k=NUMBER"),
+        (["max_top_k=٣"], "give max_top_k=NUMBER"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused(settings: list[str], message: str) -> None:
+    """Without it a mistyped bound would leave the server open to what it was to keep out."""
+    with pytest.raises(ServeError, match=message):
+        Limits.of(settings)
+
+
+def test_limits_of_the_command_line_are_those_of_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without it an operator could bound nothing without writing Python, or bound it in vain."""
+    from typer.testing import CliRunner
+
+    from retrieval_kd.cli.main import app
+
+    seen: list[ServeConfig] = []
+    monkeypatch.setattr("serve.workers.run_workers", lambda config, _: seen.append(config))
+    before = signal.getsignal(signal.SIGHUP)
+    command = ["serve", str(tmp_path), "--encoder", str(tmp_path), "--workers", "2", "--drain-seconds", "3"]
+    try:
+        done = CliRunner().invoke(app, [*command, "--limit", "max_top_k=7", "--limit", "max_id_bytes=9"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert done.exit_code == 0, done.output
+    config = ServeConfig.from_json(seen[0].to_json())
+    assert config.limits == Limits(max_top_k=7, max_id_bytes=9)
+    assert config.drain_seconds == 3

@@ -102,18 +102,24 @@ def current() -> descriptor_pb2.FileDescriptorProto:
     return proto
 
 
+def stored(path: Path) -> descriptor_pb2.FileDescriptorProto:
+    files = descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
+    return next(file for file in files if file.package == FILE.package)
+
+
 @pytest.mark.parametrize("path", sorted(STORED.glob("*.binpb")), ids=lambda path: path.stem)
 def test_clients_of_every_stored_protocol_still_work(path: Path) -> None:
     """Without it a renumbered field would be read as another one by every client in the field.
 
     Each released revision is stored with: protoc --descriptor_set_out=tests/serve/protocols/v1-N.binpb
     """
-    (old,) = (
-        file
-        for file in descriptor_pb2.FileDescriptorSet.FromString(path.read_bytes()).file
-        if file.package == FILE.package
-    )
-    assert breaks(old, current()) == []
+    assert breaks(stored(path), current()) == []
+
+
+def test_the_newest_stored_protocol_has_all_there_is() -> None:
+    """A field that no stored revision has could be renumbered after clients have begun to read it."""
+    newest = max(STORED.glob("*.binpb"), key=lambda path: int(path.stem.removeprefix("v1-")))
+    assert breaks(current(), stored(newest)) == []
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,11 @@ def test_the_number_of_documents_that_is_shown_follows_other_processes(start: St
     source = built(tmp_path / "store")
     running = start(searcher=source)
     running.wait_for("rkd_index_documents", 4)
+    running.wait_for("rkd_index_updates", 0)
     with Searcher.open(tmp_path / "store") as other:
-        other.upsert(["new"], FakeEncoder().texts_vectors(["new"]))
-    running.reload()
-    running.wait_for("rkd_index_documents", 5)
+        # What is replaced is compared with as well, until the next build.
+        for updates, text in enumerate(("new", "newer"), start=1):
+            other.upsert(["new"], FakeEncoder().texts_vectors([text]))
+            running.reload()
+            running.wait_for("rkd_index_updates", updates)
+            running.wait_for("rkd_index_documents", 5)

@@ -1457,19 +1457,29 @@ class UpsertDocumentsResponse(_message.Message):
 
     INDEX_VERSION_FIELD_NUMBER: _builtins.int
     DOCUMENT_COUNT_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ENCODER_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
     index_version: _builtins.str
     """Version of the index that the documents were added to."""
     document_count: _builtins.int
     """Documents that can be found from now on."""
+    document_encoder: _builtins.str
+    """Fingerprint (sha256, hex) of the encoder being served, which encoded the documents that brought no vector."""
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Where the time went; writing is in total_ns alone."""
+
     def __init__(
         self,
         *,
         index_version: _builtins.str = ...,
         document_count: _builtins.int = ...,
+        document_encoder: _builtins.str = ...,
+        timings: Global___Timings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_count", b"document_count", "index_version", b"index_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_count", b"document_count", "document_encoder", b"document_encoder", "index_version", b"index_version", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1507,19 +1517,25 @@ class DeleteDocumentsResponse(_message.Message):
 
     INDEX_VERSION_FIELD_NUMBER: _builtins.int
     DOCUMENT_COUNT_FIELD_NUMBER: _builtins.int
+    TIMINGS_FIELD_NUMBER: _builtins.int
     index_version: _builtins.str
     """Version of the index that the documents were removed from."""
     document_count: _builtins.int
     """Documents that can be found from now on."""
+    @_builtins.property
+    def timings(self) -> Global___Timings:
+        """Where the time went: total_ns alone."""
+
     def __init__(
         self,
         *,
         index_version: _builtins.str = ...,
         document_count: _builtins.int = ...,
+        timings: Global___Timings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_count", b"document_count", "index_version", b"index_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document_count", b"document_count", "index_version", b"index_version", "timings", b"timings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
