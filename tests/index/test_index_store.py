@@ -263,6 +263,64 @@ def test_kill_at_every_file_operation_leaves_old_or_new(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("verb", ["publish", "rollback", "tune", "gc"])
+def test_kill_at_every_file_operation_of_what_else_changes_a_store(tmp_path: Path, verb: str) -> None:
+    """An administrator's command killed anywhere must leave a store that answers, and that the command then mends."""
+    run_script(
+        """
+        import os, shutil, sys
+        from pathlib import Path
+        from sabotage import killed_at
+        from index_helpers import clustered, corpus
+        from test_index_store import HNSW, NEW, OLD, QUERY
+        from index.build import build_index, retune
+        from index.search import Searcher
+        from index.store import IndexStore
+        from index.verify import verify
+
+        os.fsync = lambda _: None
+        root, verb = Path(sys.argv[1]), sys.argv[2]
+        corpora = (OLD, corpus(clustered(4, 35, 8)), NEW)
+        names = [build_index(held, HNSW, root / "before").name for held in corpora]
+        work = {
+            "publish": lambda store: IndexStore(store).publish_existing(names[0]),
+            "rollback": lambda store: IndexStore(store).rollback(),
+            "tune": lambda store: retune(store, OLD, 0.6),
+            "gc": lambda store: IndexStore(store).collect(1),
+        }[verb]
+
+        def state(store):
+            with Searcher.open(store) as searcher:
+                # A version that is made twice has the time in its name.
+                return searcher.version.split("-")[0], searcher.search(QUERY, 5)[0].doc_ids
+
+        def kept(store):
+            return sorted(path.name.split("-")[0] for path in (store / "versions").iterdir())
+
+        shutil.copytree(root / "before", root / "after")
+        work(root / "after")
+        before, after, left = state(root / "before"), state(root / "after"), kept(root / "after")
+        assert (before == after) == (verb == "gc"), (before, after)
+        kills = 0
+        while True:
+            store = root / f"killed-{kills}"
+            shutil.copytree(root / "before", store)
+            if not killed_at(kills + 1, lambda: work(store)):
+                break
+            kills += 1
+            assert state(store) in (before, after), kills
+            verify(store)
+            if state(store) == before:
+                work(store)
+            assert state(store) == after, kills
+            assert kept(store) == left, (kills, kept(store))
+        assert kills >= 2, kills
+        """,
+        str(tmp_path),
+        verb,
+    )
+
+
 def test_full_disk_leaves_what_was_published(tmp_path: Path) -> None:
     """Whatever byte the disk ends at: a clear error, no half version, no pointer to one."""
     run_script(
