@@ -242,9 +242,11 @@ class Certificates:
             blob.write_to_path(partial)
             partial.replace(path)
 
-    def client(self, name: str = "client", authority: trustme.CA | None = None) -> Tls:
+    def client(
+        self, name: str = "client", authority: trustme.CA | None = None, expires: datetime.datetime | None = None
+    ) -> Tls:
         """Return what a client with a certificate uses."""
-        issued = (authority or self.authority).issue_cert(f"{name}@example.org")
+        issued = (authority or self.authority).issue_cert(f"{name}@example.org", not_after=expires)
         issued.cert_chain_pems[0].write_to_path(self.folder / f"{name}.pem")
         issued.private_key_pem.write_to_path(self.folder / f"{name}.key")
         return Tls(self.folder / "ca.pem", self.folder / f"{name}.pem", self.folder / f"{name}.key")
@@ -287,6 +289,8 @@ def test_clients_without_a_certificate_of_ours_are_refused(start: Start, certifi
         assert len(client.search("a").hits) == 10
     fails(RetrievalClient(running.target, timeout=1, tls=certificates.tls))
     fails(RetrievalClient(running.target, timeout=1, tls=certificates.client("stranger", trustme.CA())))
+    yesterday = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=1)
+    fails(RetrievalClient(running.target, timeout=1, tls=certificates.client("former", expires=yesterday)))
 
 
 def test_client_files_that_are_no_pem_are_named_before_connecting(certificates: Certificates, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from serve_fakes import CARD, FakeEncoder, FakeReranker, Start
@@ -10,6 +11,7 @@ from serve_fakes import CARD, FakeEncoder, FakeReranker, Start
 from index.build import build_index
 from index.search import Searcher
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
+from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd.collections import base
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.corpus import EncodedCorpus
@@ -130,3 +132,20 @@ def test_the_number_of_documents_that_is_shown_follows_other_processes(start: St
             running.reload()
             running.wait_for("rkd_index_updates", updates)
             running.wait_for("rkd_index_documents", 5)
+
+
+def test_a_write_says_which_encoder_made_its_vectors_and_where_the_time_went(start: Start, tmp_path: Path) -> None:
+    """Without it a slow or strange upsert cannot be told from a slow disk or another encoder."""
+    (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
+    running = start(searcher=built(tmp_path / "store"), tokens=tmp_path / "tokens")
+    metadata = (("authorization", f"Bearer {TOKEN}"),)
+    with grpc.insecure_channel(running.target) as channel:
+        stub = rpc.IndexAdminServiceStub(channel)
+        request = pb.UpsertDocumentsRequest(documents=[pb.Document(doc_id="new", text="some words")])
+        written = stub.UpsertDocuments(request, metadata=metadata)
+        removed = stub.DeleteDocuments(pb.DeleteDocumentsRequest(doc_ids=["new"]), metadata=metadata)
+    assert written.document_encoder == FakeEncoder().card.fingerprint
+    spent = written.timings
+    assert min(spent.tokenize_ns, spent.encode_ns) > 0
+    assert spent.tokenize_ns + spent.queue_ns + spent.encode_ns < spent.total_ns
+    assert removed.timings.total_ns > 0
