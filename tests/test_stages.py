@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from tiny import tiny_cross_encoder_folder, tiny_encoder_folder, tiny_overrides
 from typer.testing import CliRunner
 
 from retrieval_kd.cli.main import app
+from retrieval_kd.encoders.card import Side
 from retrieval_kd.encoders.corpus import EncodedCorpus
+from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import DataError, RecipeError
 from retrieval_kd.mining.bm25 import BM25Index
 from retrieval_kd.recipes.loader import load_recipe
@@ -231,6 +234,29 @@ def test_ranking_for_mining_goes_on_with_the_first_missing_shard(
     resumed = Workspace(recipe, tmp_path).last.candidates
     assert ranked == [13, 13, 13, 13, 8]
     assert resumed == Workspace(recipe, tmp_path / "whole").last.candidates
+
+
+def test_a_training_query_is_encoded_once_by_the_large_encoder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mining, the targets and an ensemble all want it, and a large encoder takes hours over a million queries."""
+    encoded: list[str] = []
+    encode = OnnxEncoder.encode
+
+    def counting(self: OnnxEncoder, texts: Sequence[str], side: Side, on_rows: Any = None) -> Any:
+        if side == "query":
+            encoded.extend(texts)
+        return encode(self, texts, side, on_rows)
+
+    recipe = load_recipe("margin_mse", [*tiny_overrides(tiny, "asymmetric"), "candidates.sources=[dense]"])
+    given = Workspace(recipe, tmp_path)
+    queries = given.training_queries
+    assert given.encoder
+    monkeypatch.setattr(OnnxEncoder, "encode", counting)
+    assert given.last.candidates
+    assert given.last.teacher_scores
+    assert len(given.query_vectors.ids) == len(queries)
+    assert sorted(encoded) == sorted([*queries.values(), *given.dev[0].values()])
 
 
 def test_vectors_that_are_in_use_are_not_opened_again(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+import numpy as np
+
 from retrieval_kd.artifacts import MANIFEST, PLAN, Artifact, Spec, asked_of, build, file_sha256, fingerprint
 from retrieval_kd.changes import changes, shown
 from retrieval_kd.collections import open_collection
@@ -18,13 +20,13 @@ from retrieval_kd.collections.beir import write_beir
 from retrieval_kd.collections.extra import extra_texts
 from retrieval_kd.collections.msmarco import is_msmarco_run, read_top1000
 from retrieval_kd.collections.python_docs import PythonDocs, installed_versions
-from retrieval_kd.encoders.card import EncoderCard
+from retrieval_kd.encoders.card import EncoderCard, require_same_space
 from retrieval_kd.encoders.corpus import EncodedCorpus, encode_corpus, encode_texts
 from retrieval_kd.encoders.onnx import OnnxEncoder
 from retrieval_kd.errors import DataError, RecipeError
+from retrieval_kd.exact import exact_search
 from retrieval_kd.mining.bm25 import VARIANT, BM25Index
 from retrieval_kd.mining.candidates import LISTS, CandidateList, read_candidates, write_candidates
-from retrieval_kd.mining.dense import dense_run
 from retrieval_kd.mining.pool import MiningReport
 from retrieval_kd.mining.sampling import sample_candidates
 from retrieval_kd.recipes.schema import (
@@ -190,7 +192,17 @@ class Workspace:
             encoder = self.exported(source.encoder) if source.encoder else self.encoder
 
         def dense() -> Retrieve:
-            return partial(dense_run, encoder, corpus=self.documents_for(encoder), k=depth)
+            corpus = self.documents_for(encoder)
+            require_same_space(encoder.card, corpus.card)
+            # Kept, for training wants the vectors of its queries too, and a large encoder takes long over them.
+            encoded = [self.encoded_queries(some, encoder) for some in (self.training_queries, self.dev[0])]
+
+            def retrieve(queries: Mapping[str, str]) -> Run:
+                found = [next(one for one in encoded if query_id in one.row_of) for query_id in queries]
+                vectors = [one.vectors[one.row_of[query_id]] for one, query_id in zip(found, queries, strict=True)]
+                return exact_search(list(queries), np.stack(vectors), corpus, depth)
+
+            return retrieve
 
         return self._ranked(source, depth, encoder.card.fingerprint, dense)
 
