@@ -279,7 +279,8 @@ class MemberSpec:
         activation: From stored logit to score: ``identity``; ``sigmoid``; ``logit_difference`` for a classifier of
             two labels, the second label's logit minus the first's (its sigmoid is the second label's probability).
         aggregation: From preferences to the scores of a list; see :func:`retrieval_kd.scores.preferences.aggregated`.
-        comparisons: Pairs of documents compared in each list, drawn at random; all when 0.
+        comparisons: Pairs of documents compared in each list, drawn at random, or as many as it has documents where
+            these are more, so that each is compared with two others; all when 0.
         query_prefix: Text put before every query.
         document_prefix: Text put before every document.
         fine_tune: How to make the model when none is named.

@@ -157,20 +157,25 @@ class PairwiseMember:
     def fingerprint(self) -> str:
         """Return the identity of the preferences and of what is made of them."""
         identity = self._read.fingerprint if self.spec.path else self._ranker.fingerprint
-        return fingerprint([identity, self.spec.aggregation, self.spec.comparisons, self._workspace.recipe.seed])
+        spec, seed = self.spec, self._workspace.recipe.seed
+        return fingerprint([identity, spec.aggregation, spec.comparisons, seed, *self._draw.values()])
+
+    @property
+    def _draw(self) -> dict[str, str]:
+        """Return how comparisons are drawn, a part of what identifies them; nothing where all are made."""
+        return {"draw": "cycle"} if self.spec.comparisons else {}
 
     def preferences(self, lists: Sequence[Shortlist]) -> list[Preferences]:
         """Return each list's symmetrised preferences, comparing what no earlier stage has compared.
 
         Raises:
-            DataError: a file has no preference at all for a document of a list; says how many and names the first.
+            DataError: there is no preference at all for a document of a list; says how many and names the first.
         """
         from retrieval_kd.scores.preferences import symmetrised
 
-        found = (self._read if self.spec.path else self._compared(lists)).find(lists)
-        matrices = [symmetrised(preferences) for preferences in found]
-        if self.spec.path:
-            _require_compared(self.folder, lists, matrices)
+        store = self._read if self.spec.path else self._compared(lists)
+        matrices = [symmetrised(preferences) for preferences in store.find(lists)]
+        _require_compared(store.path, lists, matrices)
         return matrices
 
     def _compared(self, lists: Sequence[Shortlist]) -> PreferenceStore:
@@ -185,7 +190,7 @@ class PairwiseMember:
         }
         seed = workspace.recipe.seed if comparisons else 0
         folder = workspace.folder(
-            Spec(STAGE, {"comparisons": comparisons}, inputs, seed),
+            Spec(STAGE, {"comparisons": comparisons, **self._draw}, inputs, seed),
             f"compare the documents of {len(lists):,} lists with {self._ranker.name}",
         )
         compare_candidates(self._ranker, workspace.collection, lists, folder, comparisons, seed)
@@ -353,7 +358,7 @@ def _fine_tuned(workspace: Workspace, spec: MemberSpec) -> Path:
 
 
 def _require_compared(path: Path, lists: Sequence[Shortlist], matrices: Sequence[Preferences]) -> None:
-    """Refuse documents of which a file of preferences says nothing."""
+    """Refuse documents of which no preference says anything."""
     unknown = [
         (item.query_id, item.doc_ids[i])
         for item, preferences in zip(lists, matrices, strict=True)

@@ -116,7 +116,8 @@ def compare_candidates(
         collection: Where texts are looked up.
         lists: The candidates, read several times; one list a query.
         folder: Where the store lives; see :class:`retrieval_kd.scores.preferences.PreferenceStore`.
-        comparisons: Pairs of documents compared in each list, drawn by the query's id and ``seed``; all when 0.
+        comparisons: Pairs of documents compared in each list, drawn by the query's id and ``seed``, or as many as it
+            has documents where these are more, so that each is compared with two others; all when 0.
         seed: Seed of the draws.
         triples_per_shard: Comparisons whose work is lost when the run is killed.
 
@@ -238,12 +239,23 @@ class _Triples:
                 yield item.query_id, second, first
 
     def _pairs(self, item: Shortlist) -> list[tuple[str, str]]:
-        pairs = list(itertools.combinations(item.doc_ids, 2))
-        if self._comparisons == 0 or len(pairs) <= self._comparisons:
-            return pairs
-        of_query = int.from_bytes(hashlib.sha256(item.query_id.encode()).digest()[:8], "little")
-        drawn = np.random.default_rng([self._seed, of_query]).choice(len(pairs), self._comparisons, replace=False)
-        return [pairs[i] for i in sorted(drawn)]
+        pairs = list(itertools.combinations(range(len(item.doc_ids)), 2))
+        wanted = max(self._comparisons, len(item.doc_ids))
+        if self._comparisons > 0 and wanted < len(pairs):
+            of_query = int.from_bytes(hashlib.sha256(item.query_id.encode()).digest()[:8], "little")
+            pairs = _drawn(pairs, len(item.doc_ids), wanted, np.random.default_rng([self._seed, of_query]))
+        return [(item.doc_ids[first], item.doc_ids[second]) for first, second in pairs]
+
+
+def _drawn(
+    pairs: Sequence[tuple[int, int]], documents: int, wanted: int, generator: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Return a random cycle through all documents, and random other pairs up to the number wanted."""
+    # Pairs drawn one by one would leave documents out, whose scores nothing could be said about.
+    ring = generator.permutation(documents).tolist()
+    cycle = {(min(edge), max(edge)) for edge in itertools.pairwise([*ring, ring[0]])}
+    others = [pair for pair in pairs if pair not in cycle]
+    return sorted([*cycle, *(others[i] for i in generator.choice(len(others), wanted - documents, replace=False))])
 
 
 def _pair_texts(collection: Collection, pairs: Sequence[Pair]) -> list[tuple[str, str]]:

@@ -136,6 +136,16 @@ def test_a_file_of_preferences_has_to_speak_of_every_candidate(tiny: Path, tmp_p
         _ = workspace_with(tiny, teacher).last.teacher_scores
 
 
+def test_drawn_comparisons_have_to_speak_of_every_candidate(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a draw that leaves documents out would score them as if they were average."""
+    monkeypatch.setattr("retrieval_kd.teachers.scoring._drawn", lambda pairs, documents, wanted, _: pairs[:1])
+    made = f"fine_tune: {{start: {tiny / 'tiny-encoder'}, batch_queries: 8}}"
+    member = f"{{kind: pairwise, max_length: 64, comparisons: 4, {made}}}"
+    stage = workspace_with(tiny, f"{{normalise: none, members: [{member}]}}").last
+    with pytest.raises(DataError, match=r"compare-\w+: 96 of 192 candidates are in no comparison \(query '"):
+        _ = stage.teacher_scores
+
+
 def test_a_student_learns_from_preferences(tiny: Path) -> None:
     """Without it a recipe could name a loss over pairs that no stage feeds."""
     member = (

@@ -11,7 +11,7 @@ from retrieval_kd.artifacts import Artifact
 from retrieval_kd.errors import DataError
 from retrieval_kd.mining.candidates import CandidateList
 from retrieval_kd.recipes.schema import FineTuneSpec
-from retrieval_kd.runs import Scores
+from retrieval_kd.runs import Scores, Shortlist
 from retrieval_kd.scores.preferences import PreferenceStore, aggregated, symmetrised
 from retrieval_kd.scores.store import ScoreSource
 from retrieval_kd.teachers.cross_encoder import PairwiseRanker
@@ -78,19 +78,38 @@ def test_every_pair_is_compared_in_both_orders(tiny: TinyCollection, tmp_path: P
 
 def test_drawn_comparisons_do_not_depend_on_the_other_lists(tiny: TinyCollection, tmp_path: Path) -> None:
     """A draw that moves when a query is added would compare everything again."""
-    compare_candidates(Longer(), tiny, LISTS, tmp_path / "all", comparisons=2, seed=7)
-    compare_candidates(Longer(), tiny, LISTS[4:], tmp_path / "some", comparisons=2, seed=7)
+    compare_candidates(Longer(), tiny, LISTS, tmp_path / "all", comparisons=5, seed=7)
+    compare_candidates(Longer(), tiny, LISTS[4:], tmp_path / "some", comparisons=5, seed=7)
     every, some = PreferenceStore.open(tmp_path / "all"), PreferenceStore.open(tmp_path / "some")
     for one, other in zip(every.find(LISTS)[4:], some.find(LISTS[4:]), strict=True):
         np.testing.assert_array_equal(one, other)
-        assert (~np.isnan(one)).sum() == 4
-    assert len(every) == 40
-    compare_candidates(Longer(), tiny, LISTS, tmp_path / "seed", comparisons=2, seed=8)
+        assert (~np.isnan(one)).sum() == 10
+    assert len(every) == 100
+    compare_candidates(Longer(), tiny, LISTS, tmp_path / "seed", comparisons=5, seed=8)
     drawn = [np.isnan(matrix) for matrix in every.find(LISTS)]
     assert any(
         (a != np.isnan(b)).any()
         for a, b in zip(drawn, PreferenceStore.open(tmp_path / "seed").find(LISTS), strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("documents", "comparisons", "made"), [(8, 12, 12), (8, 3, 8), (4, 1, 4), (3, 1, 3), (2, 1, 1)]
+)
+def test_every_document_is_in_a_drawn_comparison(
+    tiny: TinyCollection, tmp_path: Path, documents: int, comparisons: int, made: int
+) -> None:
+    """Without it documents that no draw met would get the score of an average one."""
+    lists = [Shortlist(f"q{i % 10}", tuple(f"d{(i + 3 * j) % 40}" for j in range(documents))) for i in range(10)]
+    for seed in range(10):
+        folder = tmp_path / str(seed)
+        compare_candidates(Longer(), tiny, lists, folder, comparisons, seed)
+        for raw in PreferenceStore.open(folder).find(lists):
+            known = ~np.isnan(raw)
+            assert known.sum() == 2 * made
+            assert known.sum(axis=1).min() >= min(2, documents - 1)
+            # Whoever is reached in as many steps as there are documents.
+            assert (np.linalg.matrix_power(known + np.eye(documents), documents) > 0).all()
 
 
 def test_a_killed_comparison_goes_on(tiny: TinyCollection, tmp_path: Path) -> None:
