@@ -78,10 +78,8 @@ def _report(stage: TrainingStage, queries: Mapping[str, str]) -> TeachersReport:
     from retrieval_kd.scores.inspect import inspect as inspect_lists
 
     teacher, lists = stage.teacher, stage.candidates
-    scores = {"teacher": teacher.scores(lists, queries)}
-    if len(teacher.members) > 1:
-        members = zip(teacher.titles, teacher.members, strict=True)
-        scores |= {title: member.scores(lists, queries) for title, member in members}
+    members = teacher.member_scores(lists, queries)
+    scores = {"teacher": teacher.combined(members), **(members if len(members) > 1 else {})}
     return TeachersReport({name: inspect_lists(lists) for name, lists in scores.items()}, agreements(scores))
 
 

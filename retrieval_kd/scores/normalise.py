@@ -6,7 +6,7 @@ scores lets the widest scale decide alone. Every step makes new scores: the stor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -133,11 +133,11 @@ def combine(
     return np.average(scaled, axis=0, weights=weights).astype(np.float32)
 
 
-def ensemble(members: Sequence[Sequence[Scores]], weights: Sequence[float], how: Normalisation) -> list[Scores]:
+def ensemble(members: Mapping[str, Sequence[Scores]], weights: Sequence[float], how: Normalisation) -> list[Scores]:
     """Combine several teachers' scores of many lists; ``percentile`` scales by each teacher's bounds over these lists.
 
     Args:
-        members: For each teacher its scores of the same lists in the same order.
+        members: For each teacher, by name, its scores of the same lists in the same order.
         weights: As in :func:`combine`.
         how: As in :func:`combine`.
 
@@ -145,10 +145,18 @@ def ensemble(members: Sequence[Sequence[Scores]], weights: Sequence[float], how:
         For each list float32, one score for each document.
 
     Raises:
-        DataError: teachers that scored different numbers of lists, or what :func:`combine` raises.
+        DataError: teachers that scored different numbers of lists, a teacher without bounds, or what :func:`combine`
+            raises.
     """
-    numbers = [len(member) for member in members]
+    numbers = [len(member) for member in members.values()]
     if len(set(numbers)) > 1:
         raise DataError(f"teachers scored {numbers} lists; score the same candidates with each")
-    bounds = [percentile_bounds(member) for member in members] if how == "percentile" else []
-    return [combine(scores, weights, how, bounds) for scores in zip(*members, strict=True)]
+    bounds = [_bounds(name, member) for name, member in members.items()] if how == "percentile" else []
+    return [combine(scores, weights, how, bounds) for scores in zip(*members.values(), strict=True)]
+
+
+def _bounds(name: str, lists: Sequence[Scores]) -> Bounds:
+    try:
+        return percentile_bounds(lists)
+    except DataError as error:
+        raise DataError(f"teacher member {name}: {error}") from None

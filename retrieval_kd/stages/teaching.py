@@ -35,11 +35,15 @@ class Teaching:
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """Return what tables call each member: its kind, and its name where several are of that kind."""
+        """Return what tables call each member: its kind, its name where several are of that kind, and its place."""
         kinds = [spec.kind.replace("_", "-") for spec in self.spec.ensemble]
-        return tuple(
+        names = [
             kind if kinds.count(kind) == 1 else f"{kind} {member.name}"
             for kind, member in zip(kinds, self.members, strict=True)
+        ]
+        # Every run's teacher lies in a folder of the same name.
+        return tuple(
+            name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, start=1)
         )
 
     @property
@@ -60,7 +64,14 @@ class Teaching:
             lists: Any shortlists.
             queries: The texts of their queries, and of others whose vectors may be wanted later.
         """
-        members = [member.scores(lists, queries) for member in self.members]
+        return self.combined(self.member_scores(lists, queries))
+
+    def member_scores(self, lists: Sequence[Shortlist], queries: Mapping[str, str]) -> dict[str, list[Scores]]:
+        """Return each member's own scores, by its title; the arguments are those of :meth:`scores`."""
+        return {title: member.scores(lists, queries) for title, member in zip(self.titles, self.members, strict=True)}
+
+    def combined(self, members: Mapping[str, Sequence[Scores]]) -> list[Scores]:
+        """Combine what :meth:`member_scores` returned as the recipe says."""
         return ensemble(members, [member.spec.weight for member in self.members], self.spec.normalise)
 
     def preferences(self, lists: Sequence[Shortlist]) -> list[Preferences]:

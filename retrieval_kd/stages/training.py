@@ -130,7 +130,8 @@ class TrainingStage:
         def work(target: Path) -> Mapping[str, Any]:
             report = SelectionReport()
             student = workspace.encoder_scores(self.candidates, self.start_encoder, workspace.training_queries)
-            kept = list(in_disagreement(self.candidates, self._scores(self.candidates), student, selection, report))
+            teacher = self.teacher.scores(self.candidates, workspace.training_queries)
+            kept = list(in_disagreement(self.candidates, teacher, student, selection, report))
             if not kept:
                 raise DataError(
                     f"stage {self.spec.name!r}: selection keeps none of {len(self.candidates)} lists "
@@ -151,13 +152,14 @@ class TrainingStage:
         """Return the texts that embedding losses read beside the queries, by id."""
         return self._workspace.extra_texts(self.spec.extra_texts, self.spec.schedule.steps(len(self.lists)))
 
-    def _scores(self, lists: Sequence[CandidateList]) -> list[Scores]:
-        return self.teacher.scores(lists, self._workspace.training_queries)
+    @cached_property
+    def _member_scores(self) -> dict[str, list[Scores]]:
+        return self.teacher.member_scores(self.lists, self._workspace.training_queries)
 
     @cached_property
     def teacher_scores(self) -> list[Scores]:
         """Return the teacher's scores of the lists that the stage trains on: one float32 array a list."""
-        return self._scores(self.lists)
+        return self.teacher.combined(self._member_scores)
 
     @cached_property
     def folder(self) -> Path:
@@ -246,10 +248,12 @@ class TrainingStage:
         if self._previous is None:
             _ = workspace.cut
         rows = [workspace.query_vectors.row_of[item.query_id] for item in self.lists]
+        stored = self.needs_teacher and stage.joint is None
         data = TrainingSet(
             lists=self.lists,
             texts=workspace.training_queries,
-            teacher=self.teacher_scores if self.needs_teacher and stage.joint is None else None,
+            teacher=self.teacher_scores if stored else None,
+            members=self._member_scores if stored and len(self.teacher.members) > 1 else {},
             qrels=workspace.collection.qrels("train"),
             query_targets=workspace.query_vectors.vectors[rows],
             preferences=self.teacher.preferences(self.lists) if self._compares else None,

@@ -68,6 +68,8 @@ def teacher_warnings(data: TrainingSet, losses: Sequence[LossSpec], preview: Ite
             continue
         report = inspect(sample)
         lines += _equal(source, report)
+        if source.stored and source.kind == "scores":
+            lines += _idle_members(data)
         if report.equal_lists < report.queries:
             for spec in specs:
                 lines += _clipped(spec, source, sample, report) + _underflow(spec, source, sample)
@@ -113,9 +115,26 @@ def _lists(inputs: Inputs) -> Iterator[Scores]:
         known = known & inputs.scored
     teacher = inputs.teacher.detach().cpu()
     for row, real in zip(teacher.flatten(0, -2), known.cpu().expand_as(teacher).flatten(0, -2), strict=True):
-        scores = row[real].numpy()
-        alike = np.ptp(scores) <= _ROUNDING * np.abs(scores).max()
-        yield np.full_like(scores, scores[0]) if alike else scores
+        yield _unrounded(row[real].numpy())
+
+
+def _unrounded(scores: Scores) -> Scores:
+    """Return scores that are the same where they differ in their last digits alone."""
+    alike = np.ptp(scores) <= _ROUNDING * np.abs(scores).max()
+    return np.full_like(scores, scores[0]) if alike else scores
+
+
+def _idle_members(data: TrainingSet) -> list[str]:
+    """Name the members of an ensemble that prefer no document: the mean of the normalised scores hides them."""
+    lines = []
+    for name, scores in data.members.items():
+        report = inspect([_unrounded(one) for one in _spread(scores)])
+        if report.equal_lists:
+            lines.append(
+                f"teacher member {name}: all scores equal in {report.equal_lists} of {report.queries} lists, which it "
+                "teaches nothing; check it"
+            )
+    return lines
 
 
 def _equal(source: _Source, report: ScoreReport) -> list[str]:

@@ -83,7 +83,7 @@ def test_percentiles_are_those_of_all_lists_of_a_teacher() -> None:
     values = np.arange(101, dtype=np.float32)
     lists = [values[:50], values[50:]]
     assert percentile_bounds(lists) == (1.0, 99.0)
-    bad, good = ensemble([lists], [1], "percentile")
+    bad, good = ensemble({"one": lists}, [1], "percentile")
     assert bad.max() == pytest.approx(48 / 98)
     assert good.min() == pytest.approx(49 / 98)
     np.testing.assert_allclose(normalise(good, "percentile", (0.0, 1.0)), good)
@@ -93,7 +93,7 @@ def test_an_ensemble_is_its_lists_combined() -> None:
     """Lists of one teacher paired with another's by position must stay with their query."""
     one = [np.array([1.0, 2.0], np.float32), np.array([5.0], np.float32)]
     other = [np.array([4.0, 0.0], np.float32), np.array([1.0], np.float32)]
-    out = ensemble([one, other], [3, 1], "minmax")
+    out = ensemble({"one": one, "other": other}, [3, 1], "minmax")
     assert [scores.tolist() for scores in out] == [[0.25, 0.75], [0.5]]
 
 
@@ -117,7 +117,11 @@ def test_activations() -> None:
         (lambda: percentile_bounds([]), "0 scores"),
         (lambda: percentile_bounds([np.array([1.0, np.nan], np.float32)]), "not all of them finite"),
         (lambda: percentile_bounds([np.ones(3, np.float32)]), "both 1: nothing to scale"),
-        (lambda: ensemble([[np.ones(2, np.float32)], []], [1, 1], "zscore"), r"\[1, 0\] lists"),
+        (lambda: ensemble({"a": [np.ones(2, np.float32)], "b": []}, [1, 1], "zscore"), r"\[1, 0\] lists"),
+        (
+            lambda: ensemble({"a": [np.arange(2.0)], "b": [np.ones(2)]}, [1, 1], "percentile"),
+            "teacher member b: 1st and 99th percentile of the scores are both 1",
+        ),
         (lambda: combine([[1.0, 2.0], [1.0]], [1, 1], "none"), r"\[2, 1\] documents of one list"),
         (lambda: combine([[1.0]], [1, 1], "none"), "1 teachers but 2 weights"),
         (lambda: combine([], [], "none"), "0 teachers"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,32 @@ def test_members_are_weighed_and_normalised(tiny: Path, run_file: tuple[Path, li
         expected = 0.75 * normalise(encoder, "minmax") + 0.25 * normalise(score, "minmax")
         np.testing.assert_allclose(got, expected, atol=1e-6)
     assert stage.teacher.titles == ("bi-encoder", "run")
+
+
+def test_a_dead_member_is_named_before_training(tiny: Path, run_file: tuple[Path, list[Scores]]) -> None:
+    """Without it a member that prefers nothing would be averaged in, and neither the log nor the manifest say so."""
+    path, _ = run_file
+    dead = path.with_name("dead.trec")
+    dead.write_text(re.sub(r"\S+ x\n", "0.5 x\n", path.read_text()))
+    members = f"members: [{{kind: run, path: {path}}}, {{kind: run, path: {dead}}}]"
+    overrides = [item for item in tiny_overrides(tiny, "asymmetric") if not item.startswith("teacher.")]
+    recipe = load_recipe("margin_mse", [*overrides, f"teacher={{{members}}}", "schedule.epochs=1"])
+    (line,) = Artifact.load(Workspace(recipe, tiny / "artifacts").last.folder).summary["warnings"]
+    assert line.startswith("teacher member run dead: all scores equal in 48 of 48 lists")
+    with pytest.raises(DataError, match=r"member run dead: 1st and 99th percentile of the scores are both 0\.5"):
+        _ = workspace_with(tiny, f"{{normalise: percentile, {members}}}").last.teacher_scores
+
+
+def test_members_of_one_name_are_told_apart(tiny: Path, run_file: tuple[Path, list[Scores]]) -> None:
+    """Without it the second of two files of one name would take the first one's place in the mean."""
+    path, scores = run_file
+    other = path.parent / "other" / path.name
+    other.parent.mkdir()
+    other.write_text(re.sub(r"\S+ x\n", "0.5 x\n", path.read_text()))
+    stage = workspace_with(tiny, f"{{members: [{{kind: run, path: {path}}}, {{kind: run, path: {other}}}]}}").last
+    assert stage.teacher.titles == ("run made-elsewhere (1)", "run made-elsewhere (2)")
+    for got, of_first in zip(stage.teacher_scores, scores, strict=True):
+        np.testing.assert_allclose(got, normalise(of_first, "zscore") / 2, atol=1e-6)
 
 
 def test_the_activation_of_a_file_is_applied(tiny: Path, run_file: tuple[Path, list[Scores]]) -> None:

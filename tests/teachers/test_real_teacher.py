@@ -43,7 +43,7 @@ def test_real_rankers_find_the_answer_among_bm25s_best(shared: Path) -> None:
     encoder = TorchEncoder.load(EncoderSpec(max_length=160))
     left, right = (encoder.encode([pair[i] for pair in pairs], side) for i, side in enumerate(("query", "document")))
     dense = np.split((left * right).sum(axis=1), ends)
-    both = ensemble([cross, dense], [1, 1], "zscore")
+    both = ensemble({"cross": cross, "dense": dense}, [1, 1], "zscore")
 
     first = {
         name: np.mean([scores.argmax() == 0 for scores in values])

@@ -214,6 +214,18 @@ def test_equal_scores_of_a_product_are_equal_up_to_its_rounding(tmp_path: Path) 
     assert "nothing to learn" in line
 
 
+def test_a_member_that_prefers_nothing_is_named() -> None:
+    """Without it the other member's order would hide a collapsed one, and half of a teacher be paid for in vain."""
+    whole = data(1.0)
+    assert whole.teacher is not None
+    dead = [np.full_like(scores, -11.2) for scores in whole.teacher]
+    rounded = [scores + np.float32(1e-6) * np.arange(len(scores), dtype=np.float32) for scores in dead]
+    both = replace(whole, members={"cross-encoder": [*rounded[:-1], whole.teacher[-1]], "bi-encoder": whole.teacher})
+    (line,) = teacher_warnings(both, [KL])
+    assert line.startswith("teacher member cross-encoder: all scores equal in 23 of 24 lists")
+    assert teacher_warnings(both, [LossSpec("embedding_regression")]) == ()
+
+
 def test_undecided_preferences_are_named() -> None:
     """Without it a pairwise teacher that answers one half to everything would train a uniform student."""
     spec = LossSpec("pair_distill")
