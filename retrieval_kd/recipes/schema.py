@@ -342,6 +342,10 @@ _MEMBER_KEYS: Mapping[str, frozenset[str]] = {
 }
 
 
+# Logits of cross-encoders are alike; what a file's scores are, whoever names it knows.
+_RAW_SCALES = frozenset({"cross_encoder", "run", "scores"})
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
     """The ranker whose scores the student learns, or the mean of several.
@@ -355,7 +359,8 @@ class TeacherSpec:
         fine_tune: How to make the cross-encoder; its defaults where neither it nor ``model`` is given.
         compress: Make the cross-encoder smaller first.
         normalise: Named normalisation of each member's scores before they are averaged, see
-            :mod:`retrieval_kd.scores.normalise`; ``none`` keeps raw scores and allows one member only.
+            :mod:`retrieval_kd.scores.normalise`; ``none`` averages raw scores, as Margin-MSE's teacher does, and of
+            several members allows cross-encoders, runs and files of scores only.
         cross_encoder_weight: Weight of the cross-encoder in the average.
         encoder_weight: Weight of the document encoder's own scores; above 0 makes an ensemble of two.
         members: Any rankers, instead of the short form.
@@ -387,9 +392,10 @@ class TeacherSpec:
             min(weights) >= 0 and max(weights) > 0,
             f"teacher: weights {weights} must not be negative, and one must be above 0",
         )
+        other = sorted({member.kind for member in self.ensemble} - _RAW_SCALES)
         _require(
-            self.normalise != "none" or len(self.ensemble) == 1,
-            "teacher.normalise: none cannot average two teachers on different scales; use zscore",
+            self.normalise != "none" or len(self.ensemble) == 1 or not other,
+            f"teacher.normalise: none averages raw scores, and {', '.join(other)} has a scale of its own; use zscore",
         )
 
     @property

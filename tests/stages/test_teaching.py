@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import tiny_overrides
+from tiny import tiny_cross_encoder_folder, tiny_overrides
 
 from retrieval_kd.artifacts import Artifact
 from retrieval_kd.errors import DataError, RecipeError
@@ -55,6 +55,18 @@ def test_members_are_weighed_and_normalised(tiny: Path, run_file: tuple[Path, li
         expected = 0.75 * normalise(encoder, "minmax") + 0.25 * normalise(score, "minmax")
         np.testing.assert_allclose(got, expected, atol=1e-6)
     assert stage.teacher.titles == ("bi-encoder", "run")
+
+
+def test_raw_logits_of_cross_encoders_are_averaged(tiny: Path, run_file: tuple[Path, list[Scores]]) -> None:
+    """Without it Margin-MSE's teacher, the mean of three cross-encoders' logits, could not be named."""
+    path, run = run_file
+    models = [tiny_cross_encoder_folder(path.parent / name, seed) for seed, name in enumerate("ab")]
+    cross = [f"{{kind: cross_encoder, model: {model}, max_length: 48}}" for model in models]
+    alone = [workspace_with(tiny, f"{{normalise: none, members: [{one}]}}").last.teacher_scores for one in cross]
+    members = f"[{', '.join(cross)}, {{kind: run, path: {path}, weight: 2}}]"
+    mean = workspace_with(tiny, f"{{normalise: none, members: {members}}}").last.teacher_scores
+    for got, a, b, of_run in zip(mean, *alone, run, strict=True):
+        np.testing.assert_allclose(got, (a + b + 2 * of_run) / 4, atol=1e-6)
 
 
 def test_a_dead_member_is_named_before_training(tiny: Path, run_file: tuple[Path, list[Scores]]) -> None:
