@@ -373,6 +373,24 @@ def test_a_joint_stage_needs_one_cross_encoder_and_its_loss(joint: list[str]) ->
         _ = load_recipe("margin_mse", [*joint, "losses=[listwise_kl]"]).training
 
 
+def test_a_stage_after_the_joint_one_leaves_its_reranker(tiny: Path, joint: list[str], tmp_path: Path) -> None:
+    """Without it a last stage that polishes the student would lose the reranker of the stage before it."""
+    stages = [
+        {"name": "both", "losses": ["joint_listwise"], "joint": {"learning_rate": 1e-3}},
+        {"name": "polish", "losses": ["embedding_regression"]},
+    ]
+    overrides = [*joint, "joint=null", f"stages={json.dumps(stages)}"]
+    polished = workspace(tiny, *overrides)
+    of_stage = polished.training[0].reranker_export
+    assert of_stage is not None
+    assert polished.last.reranker_export is None
+    verbs = ["margin_mse", "--json", *itertools.chain(*(["--set", item] for item in overrides))]
+    assert json.loads(run(tiny, "export", *verbs))["reranker"]["folder"] == str(of_stage)
+    report = json.loads(run(tiny, "run", *verbs, "--out", str(tmp_path / "run")))
+    assert "jointly trained cross-encoder over BM25 top-5" in [system["name"] for system in report["systems"]]
+    assert (tmp_path / "run" / "reranker").resolve() == of_stage.resolve()
+
+
 def run(tiny: Path, *arguments: str) -> str:
     done = CliRunner().invoke(app, [*arguments, "--artifacts", str(tiny / "artifacts")], catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -167,11 +167,7 @@ def _evaluate(workspace: Workspace, folder: Path, command: str) -> None:
     mode = recipe.student.mode
     bm25 = measured(BM25System(workspace.collection))
     baseline = measured(_over_index(workspace, workspace.encoder, workspace.encoder.card.name, "bi-encoder"))
-    rerankers = (
-        [measured(system) for system in _rerankers(workspace, bm25.run or {}, queries)]
-        if workspace.last.needs_teacher
-        else []
-    )
+    rerankers = [measured(system) for system in _rerankers(workspace, bm25.run or {}, queries)]
     start = measured(_over_index(workspace, workspace.undistilled, f"layer cut, undistilled ({mode})", "start"))
     name = f"{recipe.name} student ({mode})"
     offline = measured(_over_index(workspace, student, name, "student", fields=SERVED_FIELDS))
@@ -249,10 +245,11 @@ def _store(workspace: Workspace, encoder: OnnxEncoder | None = None) -> Path:
 
 
 def _rerankers(workspace: Workspace, first: Run, queries: Mapping[str, str]) -> Iterator[System]:
-    """Yield the last stage's teacher over BM25's top documents, then the cross-encoder that learnt from it if any."""
-    yield from _reranking(workspace, workspace.last.teacher, "", first, queries)
-    if workspace.last.reranker is not None:
-        yield from _reranking(workspace, workspace.last.reranker, "jointly trained ", first, queries)
+    """Yield the last stage's teacher, if any, over BM25's top documents, then the cross-encoder that learnt along."""
+    if workspace.last.needs_teacher:
+        yield from _reranking(workspace, workspace.last.teacher, "", first, queries)
+    if workspace.reranking.reranker is not None:
+        yield from _reranking(workspace, workspace.reranking.reranker, "jointly trained ", first, queries)
 
 
 def _reranking(
@@ -344,6 +341,7 @@ def _links(workspace: Workspace) -> dict[str, Path]:
     }
     if workspace.last.needs_teacher:
         links[TEACHER] = workspace.last.teacher.folder
-    if workspace.last.reranker is not None and workspace.last.reranker_export is not None:
-        links[RERANKER] = workspace.last.reranker_export
+    joint = workspace.reranking
+    if joint.reranker is not None and joint.reranker_export is not None:
+        links[RERANKER] = joint.reranker_export
     return links

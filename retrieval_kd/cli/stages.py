@@ -63,17 +63,19 @@ def export(
     artifacts: Artifacts = ARTIFACTS,
     as_json: AsJson = False,
 ) -> None:
-    """Export the student, and its teacher if that is a cross-encoder; what fails its gate is not published."""
+    """Export the student, and the cross-encoder that learnt along or taught; what fails its gate is not published."""
     from retrieval_kd.artifacts import Artifact
 
     chosen = [f"export.precision={precision}"] if precision else []
-    stage = open_workspace(recipe, [*(overrides or ()), *chosen], artifacts).last
+    workspace = open_workspace(recipe, [*(overrides or ()), *chosen], artifacts)
+    stage = workspace.last
     exported = {"encoder": str(stage.served_export), **Artifact.load(stage.served_export).summary}
     if pair is not None:
         stage.save_pair(pair)
         exported["pair"] = str(pair)
-    if stage.reranker_export is not None:
-        exported["reranker"] = {"folder": str(stage.reranker_export), **Artifact.load(stage.reranker_export).summary}
+    reranker = workspace.reranking.reranker_export
+    if reranker is not None:
+        exported["reranker"] = {"folder": str(reranker), **Artifact.load(reranker).summary}
     emit(exported, as_json)
 
 

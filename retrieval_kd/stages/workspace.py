@@ -317,6 +317,11 @@ class Workspace:
         """Return the stage whose student is the recipe's."""
         return self.training[-1]
 
+    @property
+    def reranking(self) -> TrainingStage:
+        """Return the stage whose cross-encoder is the recipe's: the last that trains one along, or else the last."""
+        return next((stage for stage in reversed(self.training) if stage.spec.joint is not None), self.last)
+
     @cached_property
     def query_vectors(self) -> EncodedCorpus:
         """Encode the training queries with the recipe's encoder: targets, and half of an ensemble."""
