@@ -371,6 +371,8 @@ def test_a_joint_stage_needs_one_cross_encoder_and_its_loss(joint: list[str]) ->
         _ = load_recipe("margin_mse", [*joint, "teacher.encoder_weight=0.5", "teacher.normalise=zscore"]).training
     with pytest.raises(RecipeError, match="no loss teaches the teacher; name joint_listwise"):
         _ = load_recipe("margin_mse", [*joint, "losses=[listwise_kl]"]).training
+    with pytest.raises(RecipeError, match="whose scores it reads; set its teacher to scores"):
+        _ = load_recipe("margin_mse", [*joint, "losses=[{name: joint_listwise, teacher: encoder}]"]).training
 
 
 def test_a_stage_after_the_joint_one_leaves_its_reranker(tiny: Path, joint: list[str], tmp_path: Path) -> None:

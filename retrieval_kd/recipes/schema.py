@@ -717,9 +717,11 @@ class StageSpec:
                 [member.kind for member in self.teacher.ensemble] == ["cross_encoder"],
                 "joint: the teacher must be one cross-encoder; set teacher.encoder_weight to 0",
             )
+            teachers = [loss.teacher for loss in self.losses if loss.name == "joint_listwise"]
+            _require(bool(teachers), "joint: no loss teaches the teacher; name joint_listwise")
             _require(
-                any(loss.name == "joint_listwise" for loss in self.losses),
-                "joint: no loss teaches the teacher; name joint_listwise",
+                set(teachers) <= {"scores"},
+                "joint: joint_listwise teaches the cross-encoder whose scores it reads; set its teacher to scores",
             )
 
 
