@@ -148,6 +148,67 @@ def test_every_key_of_a_recipe_is_told_of_an_unfinished_run(
     assert line.endswith(f"was made otherwise ({key})")
 
 
+def test_many_changed_keys_are_told_in_one_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the more of a killed training's keys were changed, the less would be said of it."""
+    monkeypatch.setattr("retrieval_kd.training.loop.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    said: list[str] = []
+    more = ["schedule.clip=2.0", "schedule.epochs=3", "schedule.warmup=0.2", "schedule.learning_rate=0.001", "seed=1"]
+    for changed in ([], more):
+        recipe = load_recipe("leaf", [*tiny_overrides(tiny, "asymmetric"), *changed])
+        with pytest.raises(KeyboardInterrupt):
+            _ = Workspace(recipe, tmp_path, said.append).last.folder
+    (line,) = (line for line in said if line.startswith("train") and "unfinished" in line)
+    assert line.endswith("(seed: 13 -> 1; schedule.epochs: 4 -> 3; schedule.learning_rate: 0.003 -> 0.001; and 2 more)")
+
+
+def test_another_stage_left_unfinished_is_no_beginning_of_this_one(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it a first stage would be said to differ from a second one that was killed, in its name."""
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("retrieval_kd.training.loop.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        for name in ("one", "two"):
+            recipe = load_recipe("leaf", [*tiny_overrides(tiny, "asymmetric"), f"stages=[{{name: {name}}}]", "seed=5"])
+            with pytest.raises(KeyboardInterrupt):
+                _ = Workspace(recipe, tmp_path, said.append).last.folder
+    assert not any("unfinished" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("cross_encoder", "teacher.members.0.max_length: 48 -> 40"),
+        ("cross_encoder", "candidates.negatives: 3 -> 2"),
+        ("pairwise", "candidates.negatives: 3 -> 2"),
+    ],
+)
+def test_scoring_anew_beside_an_unfinished_store_says_which_key_changed(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, change: str
+) -> None:
+    """Without it a killed scoring started again with one key changed would score it all again without a word."""
+    overrides = [item for item in tiny_overrides(tiny, "asymmetric") if not item.startswith("teacher.")]
+    model = tiny_cross_encoder_folder(tmp_path / "teacher")
+    teacher = f"teacher={{normalise: none, members: [{{kind: {kind}, model: {model}, max_length: 48}}]}}"
+    key, _, value = change.partition(": ")
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        for reads in ("CrossEncoder.score", "PairwiseRanker.preferences"):
+            patch.setattr(
+                f"retrieval_kd.teachers.cross_encoder.{reads}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+        for more in ([], [f"{key}={value.rpartition(' -> ')[2]}"]):
+            changed = Workspace(load_recipe("margin_mse", [*overrides, teacher, *more]), tmp_path / "a", said.append)
+            with pytest.raises(KeyboardInterrupt):
+                _ = changed.last.teacher_scores
+    first, again = (line for line in said if line.startswith(("score", "compare")))
+    assert "unfinished" not in first
+    assert again.endswith(f"was made otherwise ({change})")
+    # What is scored next is no later part of that.
+    changed.last.teacher.scores(changed.last.lists[:3], changed.training_queries)
+    assert "unfinished" not in said[-1]
+
+
 def test_a_stage_with_frozen_documents_trains_as_asymmetric_mode_does(tiny: Path) -> None:
     """Without it the cheap stage would encode documents after all, or learn another space than the next one's."""
     once = ["losses=[{name: embedding_regression}]", "schedule.evaluations=1"]

@@ -8,13 +8,14 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from retrieval_kd.artifacts import MANIFEST, Artifact, Spec, canonical_json, fingerprint
 from retrieval_kd.encoders.resolve import resolve_model
 from retrieval_kd.errors import ArtifactError, DataError
+from retrieval_kd.recipes.loader import resolved
 from retrieval_kd.recipes.schema import CompressSpec, EncoderSpec, MemberSpec
 from retrieval_kd.runs import Scores, Shortlist
 
@@ -188,12 +189,13 @@ class PairwiseMember:
             "collection": workspace.collection.fingerprint,
             "lists": identity(lists),
         }
+        asked = _asked(workspace, self.name)
         seed = workspace.recipe.seed if comparisons else 0
         folder = workspace.folder(
-            Spec(STAGE, {"comparisons": comparisons, **self._draw}, inputs, seed),
+            Spec(STAGE, {"comparisons": comparisons, **self._draw}, inputs, seed, asked),
             f"compare the documents of {len(lists):,} lists with {self._ranker.name}",
         )
-        compare_candidates(self._ranker, workspace.collection, lists, folder, comparisons, seed)
+        compare_candidates(self._ranker, workspace.collection, lists, folder, comparisons, seed, asked=asked)
         return PreferenceStore.open(folder)
 
     def scores(self, lists: Sequence[Shortlist], queries: Mapping[str, str]) -> list[Scores]:
@@ -389,12 +391,21 @@ def stored_scores(workspace: Workspace, ranker: PairScorer, lists: Sequence[Shor
     ]
     if rest:
         pairs = sum(len(item.doc_ids) for item in rest)
+        asked = _asked(workspace, ranker.name)
         folder = workspace.folder(
-            Spec("score", {}, {**teacher, "lists": identity(rest)}), f"score {pairs:,} pairs with {ranker.name}"
+            Spec("score", {}, {**teacher, "lists": identity(rest)}, asked=asked),
+            f"score {pairs:,} pairs with {ranker.name}",
         )
-        score_candidates(ranker, workspace.collection, rest, folder)
+        score_candidates(ranker, workspace.collection, rest, folder, asked=asked)
         _fill(scores, ScoreStore.open(folder).find(lists))
     return scores
+
+
+def _asked(workspace: Workspace, ranker: str) -> Mapping[str, Any]:
+    """Return the recipe's keys that decide what a ranker scores and how, with the ranker's name."""
+    recipe = resolved(workspace.recipe)
+    keys = ("collection", "encoder", "candidates", "teacher", "student", "seed", "stages")
+    return {"name": ranker, **{key: recipe[key] for key in keys}}
 
 
 def identity(lists: Iterable[Shortlist]) -> str:

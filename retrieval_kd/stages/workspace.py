@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 RUN = "run-{:05d}.trec"
 RUN_QUERIES = 4096
-NEARLY_THE_SAME = 3
 DEV_POOL_QUERIES = 100
 DEV_POOL_DEPTH = 10
 PROJECTION_QUERIES = 8192
@@ -81,6 +80,7 @@ class Workspace:
         self.root = root
         self._announce = announce
         self._teachers: dict[TeacherSpec, Teaching] = {}
+        self._named_unfinished: set[str] = set()
         # Opening one hashes all of it, and the ids of each take memory: what is in use is shared, the rest let go.
         self._corpora: WeakValueDictionary[Path, EncodedCorpus] = WeakValueDictionary()
 
@@ -484,7 +484,7 @@ class Workspace:
     def folder(self, spec: Spec, doing: str) -> Path:
         """Return the folder of a stage, named by its identity; says what is being done if it is still to be made.
 
-        A stage that was left unfinished under nearly the same configuration is named with the keys that differ: it is
+        A stage that was left unfinished under another configuration is named, once, with the keys that differ: it is
         not what goes on.
         """
         folder = self.root / f"{spec.stage}-{spec.fingerprint[:12]}"
@@ -498,13 +498,17 @@ class Workspace:
         asked = spec.asked or spec.config
         for plan in sorted(self.root.glob(f"{spec.stage}-*/{PLAN}")):
             before = asked_of(plan)
-            differences = changes(before, asked)
-            # Some stages are built under a configuration of their own, which says nothing about this one.
-            if before.keys() == asked.keys() and 0 < len(differences) <= NEARLY_THE_SAME:
+            # Some stages are built under a configuration of their own, which says nothing about this one; and neither
+            # another stage of training nor another ranker's scores would ever have become these.
+            comparable = before.keys() == asked.keys() and before.get("name") == asked.get("name")
+            if comparable and (differences := changes(before, asked)):
                 left[plan.parent.name] = differences
+        for name in self._named_unfinished & left.keys():
+            del left[name]
         if not left:
             return ""
         name, differences = min(left.items(), key=lambda item: len(item[1]))
+        self._named_unfinished.add(name)
         return f" from the beginning: the unfinished {name} was made otherwise ({shown(differences)})"
 
 

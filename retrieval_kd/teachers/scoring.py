@@ -73,6 +73,7 @@ def score_candidates(
     lists: Iterable[Shortlist],
     folder: Path,
     pairs_per_shard: int = PAIRS_PER_SHARD,
+    asked: Mapping[str, Any] = {},
 ) -> Artifact:
     """Score every pair of the lists once and keep the raw logits as a store.
 
@@ -82,6 +83,7 @@ def score_candidates(
         lists: The candidates, read several times; a pair that several lists share is scored once.
         folder: Where the store lives; see :class:`retrieval_kd.scores.store.ScoreStore`.
         pairs_per_shard: Pairs whose work is lost when the run is killed.
+        asked: As in :class:`retrieval_kd.artifacts.Spec`.
 
     Raises:
         DataError: no pairs, a query or document the collection does not have (found before the first
@@ -97,7 +99,7 @@ def score_candidates(
         score=teacher.score,
         write=write_shard,
     )
-    return _scored(store.STAGE, teacher, collection, pairs, work, folder)
+    return _scored(store.STAGE, teacher, collection, pairs, work, folder, asked)
 
 
 def compare_candidates(
@@ -108,6 +110,7 @@ def compare_candidates(
     comparisons: int = 0,
     seed: int = 0,
     triples_per_shard: int = PAIRS_PER_SHARD,
+    asked: Mapping[str, Any] = {},
 ) -> Artifact:
     """Compare the documents of each list two at a time, in both orders, and keep the preferences as a store.
 
@@ -120,6 +123,7 @@ def compare_candidates(
             has documents where these are more, so that each is compared with two others; all when 0.
         seed: Seed of the draws.
         triples_per_shard: Comparisons whose work is lost when the run is killed.
+        asked: As in :class:`retrieval_kd.artifacts.Spec`.
 
     Raises:
         DataError: nothing to compare, a query or document the collection does not have (found before the first
@@ -135,7 +139,7 @@ def compare_candidates(
         score=teacher.preferences,
         write=write_preferences,
     )
-    return _scored(preferences.STAGE, teacher, collection, triples, work, folder)
+    return _scored(preferences.STAGE, teacher, collection, triples, work, folder, asked)
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ def _scored(
     rows: Iterable[_Ids],
     work: _Work[_Ids],
     folder: Path,
+    asked: Mapping[str, Any],
 ) -> Artifact:
     count, digest = _counted(rows)
     if not count:
@@ -166,6 +171,7 @@ def _scored(
         stage,
         config={**teacher.source.config(), f"{work.unit}_per_shard": work.size},
         inputs={"teacher": teacher.fingerprint, "collection": collection.fingerprint, work.unit: digest},
+        asked=asked,
     )
 
     def make(target: Path) -> Mapping[str, Any]:
