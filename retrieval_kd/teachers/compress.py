@@ -64,7 +64,7 @@ def compress_stage(
         start: The smaller model as the stage before left it; cut from the larger one when None.
 
     Raises:
-        DataError: no lists, an id the collection does not have, or a loss that is not finite.
+        DataError: no lists, an id the collection does not have, or a loss or gradient that is not finite.
         RecipeError: a layer that the larger model does not have.
         ArtifactError: a model cannot be read.
     """

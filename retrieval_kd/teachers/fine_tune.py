@@ -63,7 +63,7 @@ def fine_tune_ranker(
         template: The prompt it will be used with; the tokenizer's own layout when empty.
 
     Raises:
-        DataError: no lists, an id the collection does not have, or a loss that is not finite.
+        DataError: no lists, an id the collection does not have, or a loss or gradient that is not finite.
         RecipeError: there is no such encoder, or it has fewer positions than ``max_length``.
         ArtifactError: the encoder cannot be read.
     """

@@ -91,7 +91,7 @@ def learn(
         label: What progress bar and log call it.
 
     Raises:
-        DataError: a loss that is not finite, or an id the collection does not have.
+        DataError: a loss or gradient that is not finite, or an id the collection does not have.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
@@ -128,11 +128,13 @@ def learn(
                 loss += part_loss.item()
             if not math.isfinite(loss):
                 raise DataError(f"step {step + 1} of {label}: loss is {loss}; lower its learning_rate")
-            norm = nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
+            norm = float(nn.utils.clip_grad_norm_(model.parameters(), _CLIP))
+            if not math.isfinite(norm):
+                raise DataError(f"step {step + 1} of {label}: gradient norm is {norm}; lower its learning_rate")
             optimizer.step()
             optimizer.zero_grad()
             rows_per_second = sum(map(len, rows)) / (time.perf_counter() - started)
-            values = {"loss": loss, "learning_rate": rate, "gradient_norm": float(norm)}
+            values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm}
             log.write("teach", step + 1, {**values, "pairs_per_second": rows_per_second})
             if (step + 1) % CHECKPOINT_STEPS == 0:
                 save_checkpoint(folder / CHECKPOINT, model, optimizer, {"step": step + 1})

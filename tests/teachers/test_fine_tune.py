@@ -1,7 +1,9 @@
 """Fine-tuning: the loss is the one named, a killed run ends with the same bits, and it learns."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +115,33 @@ def test_the_spec_limits_lists_and_negatives(make_model: ModelMaker, tiny: TinyC
     assert artifact.summary == {"steps": 2, "lists": 4}
     item = CandidateList("q", ("p1", "p2", "n1", "n2", "n3"), (2, 1, 0, 0, 0))
     assert learning._positive_first(item, 2) == ("p1", "n1", "n2")
+
+
+class Rooted:
+    """A lesson whose loss is a number and whose gradient at zero is none."""
+
+    dropout = False
+
+    def __len__(self) -> int:
+        """Return the number of lists."""
+        return 2
+
+    def rows(self, positions: Iterable[int]) -> list[list[SimpleNamespace]]:
+        """Return a row for each list."""
+        return [[SimpleNamespace(ids=[1, 2], type_ids=[0, 0])] for _ in positions]
+
+    def loss(self, model: torch.nn.Linear, rows: Sequence[object], device: torch.device) -> torch.Tensor:
+        """Return a root of nothing."""
+        return torch.sqrt((0 * model.weight).sum())
+
+
+def test_a_gradient_that_is_no_number_moves_nothing(tmp_path: Path) -> None:
+    """Without it the weights would be NaN before anyone looked, and the error speak of JSON."""
+    model = torch.nn.Linear(2, 1)
+    before = model.weight.detach().clone()
+    with pytest.raises(DataError, match="step 1 of teach: gradient norm is nan; lower its learning_rate"):
+        learning.learn(model, Rooted(), FineTuneSpec(start="x"), 1, tmp_path, "teach")
+    assert torch.equal(model.weight, before)
 
 
 def test_bad_input_is_refused(make_model: ModelMaker, tiny: TinyCollection, tmp_path: Path) -> None:
