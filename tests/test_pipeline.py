@@ -227,12 +227,13 @@ def test_what_a_recipe_names_decides_whether_its_report_is_made_again(tiny: Path
 
 @pytest.mark.parametrize("file", [MANIFEST, PLAN])
 def test_a_folder_from_before_a_key_was_added_holds_the_same_recipe(tmp_path: Path, file: str) -> None:
-    """Without it ``rkd demo`` and ``rkd run`` would refuse their own folders after every upgrade that adds a key."""
+    """Without it ``rkd run`` would refuse its own folders after an upgrade that adds a key or mends a source."""
     stages = ["stages=[{name: warmup}, {name: hard}]"]
     held = resolved(load_recipe("margin_mse", stages))
     for section in (held, *held["stages"]):
         del section["schedule"]["precision"]
     del held["evaluation"]["rerank_depth"]
+    held["published"] = "a figure misread"
     write_json(tmp_path / file, {"config": held})
     _require_same_recipe(tmp_path, load_recipe("margin_mse", stages))
     for setting, told in (

@@ -106,11 +106,16 @@ def _require_same_recipe(out: Path, recipe: Recipe) -> None:
     # as it is: the keys that differ say why.
     with contextlib.suppress(RecipeError):
         held = resolved(section(Recipe, held, ""))
-    differences = changes(held, resolved(recipe))
+    differences = changes(_without_words(held), _without_words(resolved(recipe)))
     if differences:
         raise ArtifactError(
             f"{out}: holds a run of another recipe ({shown(differences)}); give another folder with --out, or delete it"
         )
+
+
+def _without_words(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what a recipe says of itself: a corrected source makes no other run."""
+    return {key: value for key, value in recipe.items() if key not in ("about", "source", "follows", "published")}
 
 
 def show_report(report: Mapping[str, Any], out: Path, as_json: bool) -> None:

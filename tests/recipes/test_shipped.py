@@ -41,3 +41,9 @@ def test_every_method_says_where_it_comes_from_and_departs(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.source
     assert recipe.follows
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipe_says_what_was_published(name: str) -> None:
+    """Without it nobody could tell a method without a figure from a figure that was forgotten."""
+    assert load_recipe(name).published
