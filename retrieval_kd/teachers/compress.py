@@ -144,8 +144,10 @@ class RegressionLesson:
         lists = [[(query, document) for document in documents] for query, documents in self._texts(positions)]
         return tokenized(self._tokenizer, lists)
 
-    def loss(self, model: Callable[..., Any], rows: Sequence[Sequence[TokenRow]], device: torch.device) -> Tensor:
-        """Return the mean squared error of each list's pairs, summed over lists."""
+    def loss(
+        self, model: Callable[..., Any], rows: Sequence[Sequence[TokenRow]], device: torch.device
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the mean squared error of each list's pairs, summed over lists, and both models' scores of each."""
         flat = list(itertools.chain(*rows))
         self._larger.to(device)
         parts, order = [], []
@@ -153,23 +155,28 @@ class RegressionLesson:
             inputs = self._tokenizer.batch([flat[i] for i in positions], device)
             parts.append(self._errors(model, inputs))
             order.append(positions)
-        errors = torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
-        return torch.stack([part.mean() for part in torch.split(errors, [len(pairs) for pairs in rows])]).sum()
+        told = torch.cat(parts, dim=1)[:, torch.from_numpy(np.argsort(np.concatenate(order))).to(device)]
+        lists = torch.split(told, [len(pairs) for pairs in rows], dim=1)
+        return torch.stack([one[0].mean() for one in lists]).sum(), [one[1:].detach() for one in lists]
 
     def _errors(self, model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the squared error of each pair, ``[B]``."""
+        """Return of each pair the squared error, the smaller model's score and the larger one's, ``[3, B]``."""
         hidden = self._target == "hidden"
         ours = model(**inputs, output_hidden_states=hidden)
         with torch.no_grad():
             theirs = self._larger(**inputs, output_hidden_states=hidden)
+        score, wanted = one_score(ours.logits), one_score(theirs.logits)
+        # Weights that no error reaches must get no gradient, not even of 0: they would decay.
+        told = score.detach(), wanted
         if not hidden:
-            return (one_score(ours.logits) - one_score(theirs.logits)).square()
+            return torch.stack([(score - wanted).square(), *told])
         mask = inputs["attention_mask"].to(ours.logits.dtype)
         differences = [
             (mine - theirs.hidden_states[number]).square().mean(dim=2)
             for mine, number in zip(ours.hidden_states, self._states, strict=True)
         ]
-        return (torch.stack(differences).mean(dim=0) * mask).sum(dim=1) / mask.sum(dim=1)
+        errors = (torch.stack(differences).mean(dim=0) * mask).sum(dim=1) / mask.sum(dim=1)
+        return torch.stack([errors, *told])
 
 
 def model_hash(folder: Path) -> str:

@@ -115,10 +115,12 @@ class ListwiseLesson:
         lists = [[(query, document) for document in documents] for query, documents in self._texts(positions)]
         return tokenized(self._tokenizer, lists)
 
-    def loss(self, model: Callable[..., Any], rows: Sequence[Sequence[TokenRow]], device: torch.device) -> Tensor:
-        """Return the listwise loss."""
+    def loss(
+        self, model: Callable[..., Any], rows: Sequence[Sequence[TokenRow]], device: torch.device
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the listwise loss; judgements teach, and no scores."""
         scores = logits(model, self._tokenizer, list(itertools.chain(*rows)), BATCH_TOKENS, device)
-        return listwise_loss(scores, [len(pairs) for pairs in rows])
+        return listwise_loss(scores, [len(pairs) for pairs in rows]), []
 
 
 class PairwiseLesson:
@@ -143,10 +145,12 @@ class PairwiseLesson:
         ]
         return tokenized(self._tokenizer, lists)
 
-    def loss(self, model: Callable[..., Any], rows: Sequence[Sequence[TokenRow]], device: torch.device) -> Tensor:
-        """Return the pairwise loss."""
+    def loss(
+        self, model: Callable[..., Any], rows: Sequence[Sequence[TokenRow]], device: torch.device
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the pairwise loss; judgements teach, and no scores."""
         scores = logits(model, self._tokenizer, list(itertools.chain(*rows)), BATCH_TOKENS, device)
-        return pairwise_loss(scores, [len(triples) for triples in rows])
+        return pairwise_loss(scores, [len(triples) for triples in rows]), []
 
 
 def tokenized(tokenizer: RowTokenizer, lists: Sequence[Sequence[tuple[str, ...]]]) -> list[Sequence[TokenRow]]:

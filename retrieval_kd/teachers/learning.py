@@ -21,7 +21,7 @@ from retrieval_kd.recipes.schema import CompressionStage, FineTuneSpec, Schedule
 from retrieval_kd.teachers.rows import TokenRow
 from retrieval_kd.training.batches import epoch_batches
 from retrieval_kd.training.checkpoint import load_checkpoint, save_checkpoint
-from retrieval_kd.training.metrics import MetricsLog
+from retrieval_kd.training.metrics import MetricsLog, agreement
 from retrieval_kd.training.schedule import learning_rate
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -44,8 +44,13 @@ class Lesson(Protocol):
     def rows(self, positions: Iterable[int]) -> list[Sequence[TokenRow]]:
         """Return the token rows of each list."""
 
-    def loss(self, model: Callable[..., Any], rows: Sequence[Sequence[TokenRow]], device: torch.device) -> Tensor:
-        """Return the loss summed over these lists."""
+    def loss(
+        self, model: Callable[..., Any], rows: Sequence[Sequence[TokenRow]], device: torch.device
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the loss summed over these lists, and each list's scores ``[2, L]``: the ranker's, and its teacher's.
+
+        No scores where no teacher gives any.
+        """
 
 
 class ListTexts:
@@ -120,12 +125,14 @@ def learn(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             rows = lesson.rows(batches[step])
-            loss = 0.0
+            loss, compared = 0.0, []
             for part in _parts(rows):
+                summed, scores = lesson.loss(model, part, device)
                 # The loss is a mean over lists, so the gradients of its parts add up to its own.
-                part_loss = lesson.loss(model, part, device) / len(rows)
+                part_loss = summed / len(rows)
                 torch.autograd.backward(part_loss)
                 loss += part_loss.item()
+                compared += scores
             if not math.isfinite(loss):
                 raise DataError(f"step {step + 1} of {label}: loss is {loss}; lower its learning_rate")
             norm = float(nn.utils.clip_grad_norm_(model.parameters(), _CLIP))
@@ -134,13 +141,27 @@ def learn(
             optimizer.step()
             optimizer.zero_grad()
             rows_per_second = sum(map(len, rows)) / (time.perf_counter() - started)
-            values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm}
+            values = {"loss": loss, "learning_rate": rate, "gradient_norm": norm, **_agreement(compared)}
             log.write("teach", step + 1, {**values, "pairs_per_second": rows_per_second})
             if (step + 1) % CHECKPOINT_STEPS == 0:
                 save_checkpoint(folder / CHECKPOINT, model, optimizer, {"step": step + 1})
             advance(len(rows))
     model.eval()
     return {"steps": len(batches), "lists": len(lesson)}
+
+
+def _agreement(lists: Sequence[Tensor]) -> dict[str, float | None]:
+    """Return how far the ranker ranks its lists as its teacher does; nothing where it has none.
+
+    Args:
+        lists: For each ``[2, L]``, the ranker's scores and its teacher's.
+    """
+    if not lists:
+        return {}
+    padded = nn.utils.rnn.pad_sequence([scores.T for scores in lists], batch_first=True)
+    lengths = torch.tensor([scores.shape[1] for scores in lists], device=padded.device)
+    mask = torch.arange(padded.shape[1], device=padded.device) < lengths.unsqueeze(1)
+    return agreement(padded[..., 0], padded[..., 1], mask)
 
 
 def _parts(rows: Sequence[Sequence[TokenRow]]) -> Iterator[list[Sequence[TokenRow]]]:

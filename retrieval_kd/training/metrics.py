@@ -12,6 +12,9 @@ Each line has ``event`` and ``step``. An event ``train`` is one step, of the bat
 An event ``dev`` is an evaluation: ``nDCG@10`` on the dev queries, and beside it the means over the steps since the
 evaluation before of the keys in :data:`MEANS`, so that imitation of the teacher and quality can be told apart. At
 step 0, before training, it has ``queries`` and ``documents`` (their numbers) instead.
+
+An event ``teach`` is one step of making a teacher: ``loss``, ``learning_rate``, ``gradient_norm``,
+``pairs_per_second``, and where a larger cross-encoder teaches it the five keys of :func:`agreement` with that one.
 """
 
 from __future__ import annotations

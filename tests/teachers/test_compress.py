@@ -1,6 +1,7 @@
 """A smaller cross-encoder: which layers, what each stage reproduces, in which order, and a kill in the middle."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,15 @@ def larger(make_model: ModelMaker) -> Path:
     return make_model("larger", num_hidden_layers=4, initializer_range=0.2)
 
 
+def logged(artifact: Artifact, key: str) -> list[float]:
+    """Return what was logged of each step under a key."""
+    lines = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines]
+
+
 def losses(artifact: Artifact) -> list[float]:
     """Return the logged losses."""
-    lines = [json.loads(line) for line in (artifact.path / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines]
+    return logged(artifact, "loss")
 
 
 def lesson(tiny: TinyCollection, folder: Path, target: str, layers: tuple[int, ...]) -> RegressionLesson:
@@ -50,13 +56,13 @@ def test_all_layers_have_nothing_to_learn(larger: Path, tiny: TinyCollection) ->
     device = torch.device("cpu")
     for target in ("hidden", "logits"):
         of_all = lesson(tiny, larger, target, (0, 1, 2, 3))
-        assert of_all.loss(whole, of_all.rows(range(10)), device).item() == pytest.approx(0, abs=1e-8)
+        assert of_all.loss(whole, of_all.rows(range(10)), device)[0].item() == pytest.approx(0, abs=1e-8)
     first = cut_layers(load_classifier(larger), (0, 1)).eval()
     of_first = lesson(tiny, larger, "hidden", (0, 1))
-    assert of_first.loss(first, of_first.rows(range(10)), device).item() == pytest.approx(0, abs=1e-8)
+    assert of_first.loss(first, of_first.rows(range(10)), device)[0].item() == pytest.approx(0, abs=1e-8)
     others = cut_layers(load_classifier(larger), (0, 3)).eval()
     of_others = lesson(tiny, larger, "hidden", (0, 3))
-    assert of_others.loss(others, of_others.rows(range(10)), device).item() > 1e-3
+    assert of_others.loss(others, of_others.rows(range(10)), device)[0].item() > 1e-3
 
 
 def test_losses_are_their_definition(larger: Path, tiny: TinyCollection) -> None:
@@ -83,8 +89,8 @@ def test_losses_are_their_definition(larger: Path, tiny: TinyCollection) -> None
         hidden.append(np.mean([float(error[0]) for error in errors]))
         logits.append(np.mean([float(error[1]) for error in errors]))
     device = torch.device("cpu")
-    assert of_hidden.loss(smaller, rows, device).item() == pytest.approx(sum(hidden), rel=1e-4)
-    assert of_logits.loss(smaller, rows, device).item() == pytest.approx(sum(logits), rel=1e-4)
+    assert of_hidden.loss(smaller, rows, device)[0].item() == pytest.approx(sum(hidden), rel=1e-4)
+    assert of_logits.loss(smaller, rows, device)[0].item() == pytest.approx(sum(logits), rel=1e-4)
 
 
 def test_two_stages_bring_the_scores_nearer(larger: Path, tiny: TinyCollection, tmp_path: Path) -> None:
@@ -103,6 +109,31 @@ def test_two_stages_bring_the_scores_nearer(larger: Path, tiny: TinyCollection, 
     assert np.square(student.score(pairs) - wanted).mean() < 0.5 * np.square(cut.score(pairs) - wanted).mean()
     assert student.parameters == sum(weights.numel() for weights in model.parameters()) < teacher.parameters
     assert not (second.path / learning.CHECKPOINT).exists()
+
+
+def test_each_step_tells_how_far_it_ranks_as_the_larger_one(larger: Path, tiny: TinyCollection, tmp_path: Path) -> None:
+    """Without it a smaller reranker's loss would fall and nobody know whether it ranks as its teacher does."""
+    lists = [*LISTS[:4], *(replace(item, doc_ids=item.doc_ids[:2], labels=(1, 0)) for item in LISTS[4:])]
+    spec = CompressSpec(layers=(1, 3), negatives=3, stages=(HIDDEN, LOGITS))
+    whole_batch = replace(LOGITS, batch_queries=10)
+    first = compress_stage(tiny, lists, larger, replace(spec, stages=(whole_batch,)), 0, 48, 13, tmp_path / "s")
+    texts = tiny.contents([doc_id for item in lists for doc_id in item.doc_ids])
+    cut = cut_layers(load_classifier(larger), (1, 3))
+    cut.save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut" / "tokenizer.json").write_bytes((larger / "tokenizer.json").read_bytes())
+    ours, theirs = (CrossEncoder.load(str(folder), 48) for folder in (tmp_path / "cut", larger))
+    same = []
+    for item in lists:
+        pairs = [(tiny.queries()[item.query_id], texts[doc_id]) for doc_id in item.doc_ids]
+        same.append(ours.score(pairs).argmax() == theirs.score(pairs).argmax())
+    assert logged(first, "agreement_top1")[0] == pytest.approx(np.mean(same))
+    assert logged(first, "agreement_kl")[-1] < logged(first, "agreement_kl")[0]
+    assert logged(first, "agreement_kendall")[-1] > logged(first, "agreement_kendall")[0]
+    hidden = compress_stage(tiny, lists, larger, spec, 0, 48, 13, tmp_path / "hidden")
+    assert len(logged(hidden, "agreement_top1")) == 30
+    # Measured, not learnt: no state depends on the head.
+    before, after = (load_classifier(folder).classifier.weight for folder in (larger, hidden.path))
+    assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("stage", [HIDDEN, LOGITS], ids=["hidden", "logits"])
