@@ -16,6 +16,7 @@ from retrieval_kd.losses.registry import LOSSES, bind
 
 ALL = sorted(LOSSES)
 MASKED = [n for n in ALL if "mask" in LOSSES[n].needs]
+BESIDE = [(n, f) for n in ALL for f in ("previous", "documents", "bank") if f in LOSSES[n].needs]
 TAUGHT = [n for n in ALL if "teacher" in LOSSES[n].needs]
 
 
@@ -42,6 +43,15 @@ def test_a_teacher_score_that_is_no_number(name: str, bad: float) -> None:
     teacher = random_inputs(LOSSES[name].kind).teacher.clone()
     teacher.view(-1)[0] = bad
     refused(name, "NaN and infinity", teacher=teacher)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("name", "field"), BESIDE)
+def test_other_values_that_are_no_numbers(name: str, field: str, bad: float) -> None:
+    """Without it a NaN of a frozen copy, of a document or of a bank would reach every weight as a teacher's does."""
+    values = getattr(random_inputs(LOSSES[name].kind), field).clone()
+    values[-1, 0] = bad
+    refused(name, "NaN and infinity", **{field: values})
 
 
 @pytest.mark.parametrize("name", TAUGHT)

@@ -18,7 +18,7 @@ from retrieval_kd.losses.stacks import layer_weights
 OF_KIND = {
     kind: sorted(n for n, i in LOSSES.items() if i.kind == kind) for kind in ("scores", "in_batch", "embeddings")
 }
-FIXED_LEVEL = {"pointwise_mse"}
+FIXED_LEVEL = {"pointwise_mse", "denoised_info_nce"}
 
 
 @pytest.mark.parametrize("name", sorted(set(OF_KIND["scores"]) - FIXED_LEVEL))
@@ -44,6 +44,16 @@ def test_shifting_a_query_in_the_batch_changes_nothing(name: str) -> None:
     inputs = random_inputs("in_batch")
     shifted = dataclasses.replace(inputs, student=inputs.student + torch.tensor([[3.0], [-2.0], [7.0]]))
     assert value(name, shifted).item() == pytest.approx(value(name, inputs).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in OF_KIND["in_batch"] if "teacher" in LOSSES[n].needs and n not in FIXED_LEVEL]
+)
+def test_shifting_a_teachers_query_in_the_batch_changes_nothing(name: str) -> None:
+    """Without it a loss over the batch could learn the level of a query's scores; denoising reads it, by its bounds."""
+    inputs = random_inputs("in_batch")
+    shifted = dataclasses.replace(inputs, teacher=inputs.teacher + torch.tensor([[3.0], [-2.0], [7.0]]))
+    assert value(name, shifted).item() == pytest.approx(value(name, inputs).item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("name", OF_KIND["scores"])
