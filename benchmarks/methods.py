@@ -151,15 +151,17 @@ def measured(name: str, arguments: argparse.Namespace, collections: Sequence[Col
         own.append(f"teacher.model={arguments.teacher}")
     if not baseline and not arguments.own_budget:
         own += budget(load_recipe(name, own), arguments)
-    workspace = Workspace(load_recipe("leaf" if baseline else name, own), arguments.artifacts, say)
+    recipe = load_recipe("leaf" if baseline else name, own)
+    large = Path(recipe.encoder.model).name
+    if baseline and name not in (large, START):
+        raise SystemExit(f"{name}: neither a recipe nor {large}, the large encoder, nor {START}")
+    workspace = Workspace(recipe, arguments.artifacts, say)
     query_encoder: Encoder
     cost: dict[str, Any] = {}
     if name == START:
         query_encoder = workspace.untrained_student()
     elif baseline:
         query_encoder = workspace.encoder
-        if query_encoder.card.name != name:
-            raise SystemExit(f"{name}: neither a recipe nor {query_encoder.card.name}, the large encoder, nor {START}")
     else:
         # The clock is the student's: lists, the first stage's scores and whatever makes its teacher come before it. It
         # counts processor time, for wall time would tell of the machine's other work.

@@ -29,7 +29,6 @@ from retrieval_kd.encoders.corpus import (
 )
 from retrieval_kd.encoders.matryoshka import truncated
 from retrieval_kd.exact import exact_search
-from retrieval_kd.mining.dense import dense_run
 from retrieval_kd.progress import silence
 from retrieval_kd.runs import Run
 
@@ -61,7 +60,7 @@ class DenseSystem:
 
     def run(self, queries: Mapping[str, str], depth: int) -> Run:
         """Encode the queries and compare them with every document."""
-        return dense_run(self.encoder, queries, self.corpus, depth)
+        return exact_search(list(queries), self.encoder.encode(list(queries.values()), "query"), self.corpus, depth)
 
     def staged(self, text: str, depth: int) -> dict[str, float]:
         """Answer one query and return the seconds of its stages."""

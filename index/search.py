@@ -234,7 +234,7 @@ class Searcher:
     def updates(self) -> int:
         """Return how many added or replaced documents every search compares with, until the next build."""
         delta = self._refresh()
-        return 0 if delta is None else len(delta.living)
+        return 0 if delta is None else int(np.count_nonzero(delta.living))
 
     @property
     def dimension(self) -> int:

@@ -52,6 +52,7 @@ class TokenFile:
         self._stamp = _stamp(path)
         self._roles = _read(path)
         self._checked = time.monotonic()
+        self._complaint: tuple[object, str] | None = None
 
     def authorise(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> None:
         """Refuse a call whose token is missing, unknown, or of too low a role.
@@ -81,14 +82,19 @@ class TokenFile:
         if now - self._checked < _CHECK_SECONDS:
             return
         self._checked = now
+        stamp = None
         try:
             stamp = _stamp(self._path)
             if stamp != self._stamp:
                 self._roles = _read(self._path)
                 self._stamp = stamp
                 _log.info("%s: %d tokens", self._path, len(self._roles))
+            self._complaint = None
         except ServeError as error:
-            _log.error("the tokens known before stay: %s", error)
+            complaint = (stamp, str(error))
+            if complaint != self._complaint:
+                _log.error("the tokens known before stay: %s", error)
+            self._complaint = complaint
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

@@ -323,7 +323,7 @@ class IndexHost:
             with self.hold() as handle:
                 searcher = handle.searcher
                 try:
-                    count, updates = await _to_its_end(asyncio.ensure_future(asyncio.to_thread(change, searcher)))
+                    count, updates = await _to_its_end(_in_thread(change, searcher))
                 except ArtifactError as error:
                     raise await self._unwritten(searcher.version, error) from error
                 self._metrics.documents(count, updates)
@@ -355,7 +355,7 @@ class IndexHost:
         if version not in known:
             raise UnknownError(VERSION, version, f"no index version {version!r}; there are {', '.join(known)}")
         opened = await self._open(version) if version != before else None
-        selecting = asyncio.ensure_future(asyncio.to_thread(self._source.select, version))
+        selecting = _in_thread(self._source.select, version)
         try:
             await _to_its_end(selecting)
         except ArtifactError as error:
@@ -413,6 +413,11 @@ class IndexHost:
 def _counts(searcher: DocumentSearcher) -> tuple[int, int]:
     """Return the documents that can be found, and how many of them are not in the build."""
     return searcher.count, searcher.updates
+
+
+def _in_thread(work: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+    """Begin work in a thread; not as a task, for a loop that ends cancels those and waits for none of their threads."""
+    return asyncio.get_running_loop().run_in_executor(None, work, *arguments)
 
 
 async def _to_its_end(work: asyncio.Future[T]) -> T:

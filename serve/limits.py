@@ -71,9 +71,9 @@ class Limits:
             name, _, number = setting.partition("=")
             if name not in known:
                 raise ServeError(f"--limit {setting}: no limit {name!r}{did_you_mean(name, known)}")
-            # The protocol tells them as uint32; ten digits are its most.
-            if not re.fullmatch("[0-9]{1,10}", number) or not 1 <= int(number) < 1 << 32:
-                raise ServeError(f"--limit {setting}: give {name}=NUMBER, a whole number from 1 to 2^32 - 1")
+            # Twice a limit is still an option of gRPC's, a 32-bit integer.
+            if not re.fullmatch("[0-9]{1,10}", number) or not 1 <= int(number) < 1 << 30:
+                raise ServeError(f"--limit {setting}: give {name}=NUMBER, a whole number from 1 to 2^30 - 1")
             given[name] = int(number)
         return cls(**given)
 

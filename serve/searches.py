@@ -9,6 +9,7 @@ a query alone and in a batch alike, so nobody can tell.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import threading
 import time
@@ -47,6 +48,7 @@ class _Search:
 class _Batch:
     """Queries of one caller: ``left`` count as waiting or under way, of which ``begun`` are in a thread's hands."""
 
+    number: int
     handle: IndexHandle
     vectors: Vectors
     search: SearchPart
@@ -54,11 +56,17 @@ class _Batch:
     left: int
     part: int
     begun: int = 0
+    under_way: bool = False
     given_up: bool = False
     searcher: DocumentSearcher | None = None
     rankings: list[Ranking] = field(default_factory=list)
     job: Future[None] | None = None
     answer: Future[Any] = field(default_factory=Future)
+
+    @property
+    def later(self) -> int:
+        """Return how many of its queries have their turn after what arrives now and is short."""
+        return max(0, self.left - self.part) if self.under_way else self.left
 
 
 @dataclass(eq=False)
@@ -81,7 +89,8 @@ class Searches:
         self._threads = threads
         self._backlog = Backlog("the index", threads)
         self._queues: dict[tuple[IndexHandle, int], _Queue] = {}
-        self._batches = set[_Batch]()
+        self._batches = dict[int, _Batch]()
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
 
     def require_in_time(self, queries: int, seconds: float | None) -> None:
@@ -95,8 +104,8 @@ class Searches:
             OverloadedError: the index would be done with it too late.
         """
         with self._lock:
-            # A single search comes after one part of each batch, a batch after all of them at worst.
-            later = sum(max(0, batch.left - batch.part) for batch in self._batches) if queries == 1 else 0
+            # Batches keep their order. What is short comes between the parts of those that are under way.
+            later = sum(batch.later for batch in self._batches.values()) if queries <= 1 else 0
         self._backlog.require_in_time(queries, seconds, later)
 
     async def run(self, handle: IndexHandle, work: Callable[[DocumentSearcher], T]) -> T:
@@ -138,14 +147,14 @@ class Searches:
         self.require_in_time(len(vectors), seconds)
         # How long these queries take, whose filter or effort may be like nobody else's, only they can tell.
         part = min(_MOST_TOGETHER, self._backlog.within(_SECONDS_A_PART))
-        batch = _Batch(handle, vectors, search, finish, len(vectors), part)
+        batch = _Batch(next(self._numbers), handle, vectors, search, finish, len(vectors), part)
         # A running future is not cancelled by who waits for it: a thread may have a part in hand.
         batch.answer.set_running_or_notify_cancel()
         self._enter(handle, batch.left)
         with self._lock:
-            self._batches.add(batch)
+            self._batches[batch.number] = batch
         batch.answer.add_done_callback(lambda _: self._end(batch))
-        self._submit_part(batch)
+        self._send_parts()
         try:
             answer: T = await asyncio.wrap_future(batch.answer)
         except asyncio.CancelledError:
@@ -153,14 +162,25 @@ class Searches:
             raise
         return answer
 
-    def _submit_part(self, batch: _Batch) -> None:
-        try:
-            batch.job = self._pool.submit(self._work_on, batch)
-        except BaseException as error:  # noqa: BLE001  it is its caller's to handle
-            batch.answer.set_exception(_raisable(error))
+    def _send_parts(self) -> None:
+        """Have a part of the oldest batches in the pool, of as many as there are threads.
+
+        In turns, each would be done as late as all of them together, and none when its caller was told.
+        """
+        with self._lock:
+            free = self._threads - sum(batch.under_way for batch in self._batches.values())
+            waiting = (batch for _, batch in sorted(self._batches.items()) if not batch.under_way)
+            chosen = list(itertools.islice(waiting, max(0, free)))
+            for batch in chosen:
+                batch.under_way = True
+        for batch in chosen:
+            try:
+                batch.job = self._pool.submit(self._work_on, batch)
+            except BaseException as error:  # noqa: BLE001  it is its caller's to handle
+                batch.answer.set_exception(_raisable(error))
 
     def _work_on(self, batch: _Batch) -> None:
-        """Search the next part, then have a thread come back for the one after it, or answer."""
+        """Search the next part, and answer if it was the last."""
         try:
             searcher = batch.searcher = batch.searcher or batch.handle.searcher.snapshot()
             done = len(batch.rankings)
@@ -173,14 +193,16 @@ class Searches:
             with self._lock:
                 batch.part = max(1, int(len(vectors) * _SECONDS_A_PART / max(seconds, 1e-9)))
                 given_up = batch.given_up
-            if len(batch.rankings) < len(batch.vectors):
-                self._submit_part(batch)
-            elif given_up:
+                # Whoever ends it here keeps it out of other hands.
+                ended = given_up or len(batch.rankings) == len(batch.vectors)
+                batch.under_way = ended
+            if given_up:
                 raise CancelledError
-            else:
+            if ended:
                 batch.answer.set_result(batch.finish(searcher, batch.rankings, time.perf_counter_ns()))
         except BaseException as error:  # noqa: BLE001  it is its caller's to handle
             batch.answer.set_exception(_raisable(error))
+        self._send_parts()
 
     def _begin(self, batch: _Batch, queries: int) -> None:
         """Count the part before as done, and begin another unless nobody waits for it."""
@@ -197,13 +219,15 @@ class Searches:
             batch.given_up = True
             dropped = batch.left - batch.begun
             batch.left = batch.begun
+            idle, batch.under_way = not batch.under_way, True
         self._backlog.progress(dropped)
-        if batch.job is not None and batch.job.cancel():
+        if idle or (batch.job is not None and batch.job.cancel()):
             batch.answer.set_exception(CancelledError())
+            self._send_parts()
 
     def _end(self, batch: _Batch) -> None:
         with self._lock:
-            self._batches.discard(batch)
+            del self._batches[batch.number]
             left, batch.left, batch.begun = batch.left, 0, 0
         self._leave(batch.handle, left)
 

@@ -404,8 +404,8 @@ def stored_scores(workspace: Workspace, ranker: PairScorer, lists: Sequence[Shor
 def _asked(workspace: Workspace, ranker: str) -> Mapping[str, Any]:
     """Return the recipe's keys that decide what a ranker scores and how, with the ranker's name."""
     recipe = resolved(workspace.recipe)
-    keys = ("collection", "encoder", "candidates", "teacher", "student", "seed", "stages")
-    return {"name": ranker, **{key: recipe[key] for key in keys}}
+    keys = ("collection", "candidates", "teacher", "encoder", "seed", "stages")
+    return {"recipe": recipe["name"], "name": ranker, **{key: recipe[key] for key in keys}}
 
 
 def identity(lists: Iterable[Shortlist]) -> str:

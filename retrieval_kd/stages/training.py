@@ -153,13 +153,12 @@ class TrainingStage:
         return self._workspace.extra_texts(self.spec.extra_texts, self.spec.schedule.steps(len(self.lists)))
 
     @cached_property
-    def _member_scores(self) -> dict[str, list[Scores]]:
-        return self.teacher.member_scores(self.lists, self._workspace.training_queries)
-
-    @cached_property
     def teacher_scores(self) -> list[Scores]:
         """Return the teacher's scores of the lists that the stage trains on: one float32 array a list."""
-        return self.teacher.combined(self._member_scores)
+        return self.teacher.scores(self.lists, self._workspace.training_queries)
+
+    def _member_scores(self) -> Mapping[str, Sequence[Scores]]:
+        return self.teacher.member_scores(self.lists, self._workspace.training_queries)
 
     @cached_property
     def folder(self) -> Path:
@@ -225,7 +224,8 @@ class TrainingStage:
     def _asked(self) -> Mapping[str, Any]:
         """Return the recipe's keys that decide what the stage makes."""
         recipe = resolved(self._workspace.recipe)
-        return {**{key: recipe[key] for key in ("collection", "encoder", "student", "seed")}, **resolved(self.spec)}
+        keys = {key: recipe[key] for key in ("collection", "encoder", "student", "seed")}
+        return {"recipe": recipe["name"], **keys, **resolved(self.spec)}
 
     def _start(self) -> tuple[TorchEncoder, TorchEncoder]:
         """Return what the stage's query and document encoder start from, one encoder twice where both are one."""
@@ -253,7 +253,7 @@ class TrainingStage:
             lists=self.lists,
             texts=workspace.training_queries,
             teacher=self.teacher_scores if stored else None,
-            members=self._member_scores if stored and len(self.teacher.members) > 1 else {},
+            members=self._member_scores if stored and len(self.teacher.members) > 1 else None,
             qrels=workspace.collection.qrels("train"),
             query_targets=workspace.query_vectors.vectors[rows],
             preferences=self.teacher.preferences(self.lists) if self._compares else None,

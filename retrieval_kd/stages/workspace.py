@@ -499,8 +499,9 @@ class Workspace:
         for plan in sorted(self.root.glob(f"{spec.stage}-*/{PLAN}")):
             before = asked_of(plan)
             # Some stages are built under a configuration of their own, which says nothing about this one; and neither
-            # another stage of training nor another ranker's scores would ever have become these.
-            comparable = before.keys() == asked.keys() and before.get("name") == asked.get("name")
+            # another recipe's or another stage's training nor another ranker's scores would ever have become these.
+            named = all(before.get(key) == asked.get(key) for key in ("recipe", "name"))
+            comparable = named and before.keys() == asked.keys()
             if comparable and (differences := changes(before, asked)):
                 left[plan.parent.name] = differences
         for name in self._named_unfinished & left.keys():

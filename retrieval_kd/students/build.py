@@ -130,7 +130,8 @@ def fit_projection(student: TorchEncoder, texts: Sequence[str], targets: Vectors
     mean, target_mean = states.mean(axis=0), targets.mean(axis=0, dtype=np.float64)
     states -= mean
     gram = states.T @ states
-    gram[np.diag_indices(width)] += RIDGE * np.trace(gram) / width
+    # Texts that are all alike vary by nothing, and their map is their mean alone.
+    gram[np.diag_indices(width)] += max(RIDGE * np.trace(gram) / width, np.finfo(np.float64).tiny)
     weight = np.linalg.solve(gram, states.T @ (targets - target_mean)).T
     with torch.no_grad():
         projection.weight.copy_(torch.from_numpy(weight))

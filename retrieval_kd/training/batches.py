@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -61,7 +61,8 @@ class TrainingSet:
         lists: One candidate list a query.
         texts: Query id to text.
         teacher: One float32 array a list, aligned with its documents; None when no loss asks for it.
-        members: What the members of an ensemble gave to ``teacher``, by name, before they were combined; for warnings.
+        members: Reads what the members of an ensemble gave to ``teacher``, by name, before they were combined; for
+            warnings. None where one gave it all.
         qrels: The train split's judgements, for in-batch positives.
         query_targets: float32 ``[len(lists), d]``, the vectors that embedding losses regress onto.
         preferences: One float32 ``[documents, documents]`` array a list: entry (i, j) is the probability, by a
@@ -80,7 +81,7 @@ class TrainingSet:
     preferences: Sequence[npt.NDArray[np.float32]] | None = None
     maxsim: Callable[[Sequence[str], Sequence[str]], Tensor] | None = None
     extra: ExtraTexts | None = None
-    members: Mapping[str, Sequence[npt.NDArray[np.float32]]] = field(default_factory=dict)
+    members: Callable[[], Mapping[str, Sequence[npt.NDArray[np.float32]]]] | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that do not belong together."""

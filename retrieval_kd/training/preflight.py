@@ -127,7 +127,7 @@ def _unrounded(scores: Scores) -> Scores:
 def _idle_members(data: TrainingSet) -> list[str]:
     """Name the members of an ensemble that prefer no document: the mean of the normalised scores hides them."""
     lines = []
-    for name, scores in data.members.items():
+    for name, scores in ({} if data.members is None else data.members()).items():
         report = inspect([_unrounded(one) for one in _spread(scores)])
         if report.equal_lists:
             lines.append(

@@ -252,6 +252,29 @@ def test_a_write_cancelled_twice_is_let_go_of_when_it_is_done(source: FakeSource
     asyncio.run(main())
 
 
+def test_a_write_keeps_its_version_open_when_the_loop_ends(source: FakeSource) -> None:
+    """A process that ends in mid-write would unmap the files that its thread still reads."""
+    begun, closed_at_the_end = threading.Event(), []
+    searcher = source.searchers[FIRST]
+
+    def work(_: object) -> None:
+        begun.set()
+        time.sleep(0.3)
+        closed_at_the_end.append(searcher.closed)
+
+    async def main() -> None:
+        host = IndexHost(source, CARD, Metrics())
+        await host.follow()
+        kept.append(asyncio.ensure_future(host.write(work)))
+        await asyncio.to_thread(begun.wait, 20)
+        host.close()
+
+    kept: list[asyncio.Future[object]] = []
+    asyncio.run(main())
+    assert closed_at_the_end == [0]
+    assert searcher.closed == 1
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_publish_whose_caller_leaves_undoes_no_later_one(
     source: FakeSource, monkeypatch: pytest.MonkeyPatch, fails: bool

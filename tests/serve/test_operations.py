@@ -1,6 +1,7 @@
 """What an operator sees: metrics, traces, JSON logs, the check before serving, the dashboard, drain and reload."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 import re
@@ -376,10 +377,10 @@ def test_the_commands_options_reach_the_server(monkeypatch: pytest.MonkeyPatch, 
     ("settings", "message"),
     [
         (["max_topk=3"], r"--limit max_topk=3: no limit 'max_topk', did you mean 'max_top_k'\?"),
-        (["max_top_k"], r"--limit max_top_k: give max_top_k=NUMBER, a whole number from 1 to 2\^32 - 1"),
+        (["max_top_k"], r"--limit max_top_k: give max_top_k=NUMBER, a whole number from 1 to 2\^30 - 1"),
         (["max_top_k=0"], "give max_top_k=NUMBER"),
         (["max_top_k=-1"], "give max_top_k=NUMBER"),
-        (["max_top_k=4294967296"], "give max_top_k=NUMBER"),
+        (["max_message_bytes=1073741824"], "give max_message_bytes=NUMBER"),
         (["max_top_k=٣"], "give max_top_k=NUMBER"),
     ],
 )
@@ -387,6 +388,13 @@ def test_a_limit_that_is_none_is_refused(settings: list[str], message: str) -> N
     """Without it a mistyped bound would leave the server open to what it was to keep out."""
     with pytest.raises(ServeError, match=message):
         Limits.of(settings)
+
+
+def test_a_server_starts_with_every_limit_at_its_most(start: Start) -> None:
+    """A limit that is taken and that gRPC cannot hold would end the start in a trace."""
+    most = [f"{limit.name}={2**30 - 1}" for limit in dataclasses.fields(Limits)]
+    with RetrievalClient(start(limits=Limits.of(most)).target) as client:
+        assert len(client.search("a").hits) == 10
 
 
 def test_limits_of_the_command_line_are_those_of_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

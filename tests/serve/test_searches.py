@@ -394,6 +394,49 @@ def test_a_batch_keeps_no_thread_from_what_is_short() -> None:
     run(1, scenario)
 
 
+def test_a_batch_that_was_taken_is_not_made_late_by_later_ones() -> None:
+    """In turns all batches end when the last of them does: what was told to be in time is thrown away half done."""
+
+    async def scenario(searches: Searches) -> None:
+        handle, ended = IndexHandle(FakeSearcher()), []
+        for _ in range(60):
+            searches._backlog.learn(1, 0.01)
+
+        async def one(name: int) -> None:
+            await searches.search_batch(handle, QUERIES, Batches(0.01), every)
+            ended.append((name, time.perf_counter()))
+
+        began = time.perf_counter()
+        await asyncio.gather(*(one(name) for name in range(4)))
+        assert [name for name, _ in ended] == [0, 1, 2, 3]
+        first, last = ended[0][1] - began, ended[3][1] - began
+        assert first < last / 2
+
+    run(1, scenario)
+
+
+@pytest.mark.parametrize("queries", [0, 1])
+def test_what_is_short_is_not_refused_for_batches_that_let_it_pass(queries: int) -> None:
+    """Reading texts for a reranker would be refused for seconds of work that it need not wait for."""
+    batches = Batches(0.05)
+
+    async def scenario(searches: Searches) -> None:
+        handle = IndexHandle(FakeSearcher())
+        for _ in range(60):
+            searches._backlog.learn(1, 0.05)
+        bulk = [asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every)) for _ in range(3)]
+        assert await asyncio.to_thread(batches.begun.acquire, timeout=20)
+        searches.require_in_time(queries, 0.5)
+        with pytest.raises(OverloadedError):
+            searches.require_in_time(2, 0.5)
+        for one in bulk:
+            one.cancel()
+        await asyncio.gather(*bulk, return_exceptions=True)
+        await searches.run(handle, lambda _: None)  # after the part that the thread had in hand
+
+    run(1, scenario)
+
+
 def test_a_batch_that_goes_on_counts_only_what_is_left_of_it() -> None:
     """Whoever comes when a batch is almost done would be refused as if it had just begun."""
     batches, left = Batches(), []

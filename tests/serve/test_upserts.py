@@ -126,12 +126,14 @@ def test_the_number_of_documents_that_is_shown_follows_other_processes(start: St
     running.wait_for("rkd_index_documents", 4)
     running.wait_for("rkd_index_updates", 0)
     with Searcher.open(tmp_path / "store") as other:
-        # What is replaced is compared with as well, until the next build.
-        for updates, text in enumerate(("new", "newer"), start=1):
-            other.upsert(["new"], FakeEncoder().texts_vectors([text]))
+        for doc_id, updates in (("new", 1), ("new", 1), ("newer", 2)):
+            other.upsert([doc_id], FakeEncoder().texts_vectors([doc_id]))
             running.reload()
             running.wait_for("rkd_index_updates", updates)
-            running.wait_for("rkd_index_documents", 5)
+            running.wait_for("rkd_index_documents", 4 + updates)
+        other.delete(["new"])
+        running.reload()
+        running.wait_for("rkd_index_updates", 1)
 
 
 def test_a_write_says_which_encoder_made_its_vectors_and_where_the_time_went(start: Start, tmp_path: Path) -> None:

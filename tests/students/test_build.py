@@ -169,10 +169,10 @@ def test_fitted_projection_finds_an_affine_map_that_exists() -> None:
     assert student.card.weights_hash == student.refresh_card().weights_hash
 
 
-def test_fewer_texts_than_dimensions_have_one_finite_fit() -> None:
+@pytest.mark.parametrize("texts", [WORDS[:3], WORDS[:1], [WORDS[0]] * 2], ids=["few", "one", "alike"])
+def test_fewer_texts_than_dimensions_have_one_finite_fit(texts: list[str]) -> None:
     """Without the ridge a small collection would start from infinities, or from whatever the solver leaves."""
     student, target = other_start()
-    texts = WORDS[:3]
     fit_projection(student, texts, target.encode(texts, "query"))
     vectors = student.encode(WORDS, "query")
     assert np.isfinite(vectors).all()

@@ -220,7 +220,8 @@ def test_a_member_that_prefers_nothing_is_named() -> None:
     assert whole.teacher is not None
     dead = [np.full_like(scores, -11.2) for scores in whole.teacher]
     rounded = [scores + np.float32(1e-6) * np.arange(len(scores), dtype=np.float32) for scores in dead]
-    both = replace(whole, members={"cross-encoder": [*rounded[:-1], whole.teacher[-1]], "bi-encoder": whole.teacher})
+    members = {"cross-encoder": [*rounded[:-1], whole.teacher[-1]], "bi-encoder": whole.teacher}
+    both = replace(whole, members=lambda: members)
     (line,) = teacher_warnings(both, [KL])
     assert line.startswith("teacher member cross-encoder: all scores equal in 23 of 24 lists")
     assert teacher_warnings(both, [LossSpec("embedding_regression")]) == ()
