@@ -122,10 +122,19 @@ class IndexSummary:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """What a change of documents led to: the version changed, and how many documents can be found."""
+    """What a change of documents led to.
+
+    Attributes:
+        index_version: The index version that was changed.
+        document_count: Documents that can be found from now on.
+        document_encoder: Fingerprint of the encoder that encoded them; empty after a deletion.
+        timings: The server's time.
+    """
 
     index_version: str
     document_count: int
+    document_encoder: str
+    timings: Timings
 
 
 @dataclass(frozen=True, slots=True)
@@ -404,7 +413,8 @@ def read_index(response: pb.GetIndexResponse) -> IndexInfo:
 
 def read_write(response: pb.UpsertDocumentsResponse | pb.DeleteDocumentsResponse) -> Write:
     """Return what a change of documents led to."""
-    return Write(response.index_version, response.document_count)
+    encoder = response.document_encoder if isinstance(response, pb.UpsertDocumentsResponse) else ""
+    return Write(response.index_version, response.document_count, encoder, _timings(response.timings))
 
 
 def read_indexes(response: pb.ListIndexesResponse) -> list[IndexSummary]:

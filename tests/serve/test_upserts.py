@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import grpc
 import numpy as np
 import pytest
 from serve_fakes import CARD, FakeEncoder, FakeReranker, Start
@@ -11,7 +10,6 @@ from serve_fakes import CARD, FakeEncoder, FakeReranker, Start
 from index.build import build_index
 from index.search import Searcher
 from protos.dense.retrieval.v1 import retrieval_pb2 as pb
-from protos.dense.retrieval.v1 import retrieval_pb2_grpc as rpc
 from retrieval_kd.collections import base
 from retrieval_kd.encoders.base import Vectors
 from retrieval_kd.encoders.corpus import EncodedCorpus
@@ -140,13 +138,10 @@ def test_a_write_says_which_encoder_made_its_vectors_and_where_the_time_went(sta
     """Without it a slow or strange upsert cannot be told from a slow disk or another encoder."""
     (tmp_path / "tokens").write_text(f"admin {TOKEN}\n")
     running = start(searcher=built(tmp_path / "store"), tokens=tmp_path / "tokens")
-    metadata = (("authorization", f"Bearer {TOKEN}"),)
-    with grpc.insecure_channel(running.target) as channel:
-        stub = rpc.IndexAdminServiceStub(channel)
-        request = pb.UpsertDocumentsRequest(documents=[pb.Document(doc_id="new", text="some words")])
-        written = stub.UpsertDocuments(request, metadata=metadata)
-        removed = stub.DeleteDocuments(pb.DeleteDocumentsRequest(doc_ids=["new"]), metadata=metadata)
-    assert written.document_encoder == FakeEncoder().card.fingerprint
+    with RetrievalClient(running.target, token=TOKEN) as client:
+        written = client.upsert([Document("new", text="some words")])
+        removed = client.delete(["new"])
+    assert (written.document_encoder, removed.document_encoder) == (FakeEncoder().card.fingerprint, "")
     spent = written.timings
     assert min(spent.tokenize_ns, spent.encode_ns) > 0
     assert spent.tokenize_ns + spent.queue_ns + spent.encode_ns < spent.total_ns
