@@ -117,12 +117,12 @@ def build_index(
         if update is not NO_UPDATE:
             UpdateLog(folder / FOLDED).append(update)
         beside = sum(path.stat().st_size for path in folder.iterdir())
-        considered = _considered(content, merged, asked, beside)
+        considered = _considered(content, merged, asked, beside) if spec.kind == "auto" else ()
         stored = write_stored(folder, blocks, shape, spec.storage)
         sized = replace(content, largest_norm=stored.longest())
         # Its pages would count a second time beside those of the finished folder, which is opened from here on.
         del stored
-        if spec.kind == "auto":
+        if considered:
             finished = decide(considered, lambda kind: _of_kind(folder, sized, kind, asked))
         else:
             finished = _of_kind(folder, sized, spec.kind, asked)
@@ -214,10 +214,8 @@ def _of_kind(folder: Path, content: IndexContent, kind: IndexKind, queries: Vect
 def _considered(
     content: IndexContent, corpus: MergedCorpus, queries: Vectors | None, beside: int
 ) -> Sequence[Considered]:
-    """Return what ``auto`` may take; nothing where a kind was named."""
+    """Return what ``auto`` may take."""
     spec = content.requested
-    if spec.kind != "auto":
-        return ()
     if content.count < EXACT_BELOW:
         return exact(spec, content, beside)
     if queries is None:

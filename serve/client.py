@@ -303,9 +303,9 @@ class RetrievalClient:
             time.sleep(pause)
 
     def _stream(self, name: str, method: Callable[..., Iterable[Response]], requests: Iterator[Any]) -> Iterator[Any]:
-        source = _Source(requests)
+        source = _Source()
         try:
-            yield from method(source.requests(), metadata=self._to.metadata)
+            yield from method(source.each(requests), metadata=self._to.metadata)
         except ValueError as error:
             raise _closed(name, error) from None
         except grpc.RpcError as error:
@@ -324,49 +324,26 @@ class _Source:
     gRPC reads them where an error has nobody to go to: it would be logged, and the answers on their way lost.
     """
 
-    def __init__(self, requests: Iterator[Any]) -> None:
-        self._requests = requests
-        self._failure = _Failure()
-
-    def requests(self) -> Iterator[Any]:
-        with self._failure:
-            yield from self._requests
-
-    def check(self) -> None:
-        """Raise what ended the requests early, now that all that were sent are answered."""
-        self._failure.check()
-
-
-class _AsyncSource:
-    """What :class:`_Source` is, of requests that come asynchronously."""
-
-    def __init__(self, requests: AsyncIterator[Any]) -> None:
-        self._requests = requests
-        self._failure = _Failure()
-
-    async def requests(self) -> AsyncIterator[Any]:
-        with self._failure:
-            async for request in self._requests:
-                yield request
-
-    def check(self) -> None:
-        self._failure.check()
-
-
-class _Failure:
-    """Keeps what goes wrong in a block; whatever the caller's own iterator raises is the caller's."""
-
     def __init__(self) -> None:
         self._error: Exception | None = None
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, Exception):
+    def each(self, requests: Iterator[Any]) -> Iterator[Any]:
+        """Hand on requests."""
+        try:
+            yield from requests
+        except Exception as error:  # noqa: BLE001  whatever the caller's own iterator raises is the caller's
             self._error = error
-        return isinstance(error, Exception)
+
+    async def each_as_it_comes(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """Hand on requests that come asynchronously."""
+        try:
+            async for request in requests:
+                yield request
+        except Exception as error:  # noqa: BLE001  whatever the caller's own iterator raises is the caller's
+            self._error = error
 
     def check(self) -> None:
+        """Raise what ended the requests early, now that all that were sent are answered."""
         if self._error is not None:
             raise self._error
 
@@ -537,9 +514,14 @@ class AsyncRetrievalClient:
     async def _stream(
         self, name: str, method: Callable[..., Any], requests: Iterator[Any] | AsyncIterator[Any]
     ) -> AsyncIterator[Any]:
-        source = _AsyncSource(requests) if isinstance(requests, AsyncIterator) else _Source(requests)
+        source = _Source()
+        handed: Iterator[Any] | AsyncIterator[Any]
+        if isinstance(requests, AsyncIterator):
+            handed = source.each_as_it_comes(requests)
+        else:
+            handed = source.each(requests)
         try:
-            async for answer in method(source.requests(), metadata=self._to.metadata):
+            async for answer in method(handed, metadata=self._to.metadata):
                 yield answer
         except grpc.aio.UsageError as error:
             raise _closed(name, error) from None

@@ -25,12 +25,12 @@ pytestmark = pytest.mark.skipif(not SMAPS.is_file(), reason="the kernel does not
 ROWS, DIMENSION = 20_000, 64
 
 
-def resident(path: str) -> int:
-    """Return the bytes in memory of mapped files whose path ends so."""
+def resident(path: str, below: Path = Path("/")) -> int:
+    """Return the bytes in memory of mapped files whose path ends so, below a folder."""
     here, found = False, 0
     for line in SMAPS.read_text().splitlines():
         if "-" in line.split()[0]:
-            here = line.endswith(path)
+            here = line.endswith(path) and str(below) in line
         elif here and line.startswith("Rss:"):
             found += 1024 * int(line.split()[1])
     return found
@@ -104,9 +104,9 @@ def test_a_build_holds_neither_the_corpus_nor_its_copy(
 
     def watched(function: Any) -> Any:
         def look(*given: Any, **named: Any) -> Any:
-            seen.append(resident("documents.npy") + resident("vectors.npy"))
+            seen.append(resident("documents.npy", tmp_path) + resident("vectors.npy", tmp_path))
             done = function(*given, **named)
-            seen.append(resident("documents.npy") + resident("vectors.npy"))
+            seen.append(resident("documents.npy", tmp_path) + resident("vectors.npy", tmp_path))
             return done
 
         return look

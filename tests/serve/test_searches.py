@@ -69,6 +69,12 @@ def run(threads: int, scenario: Callable[[Searches], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
+def taught(searches: Searches, seconds: float) -> None:
+    """Have it believe that a search takes so long, whatever it has seen."""
+    for _ in range(60):
+        searches._backlog.learn(1, seconds)
+
+
 async def occupied(searches: Searches, count: int = 1) -> tuple[threading.Event, list[asyncio.Future[None]]]:
     """Keep all threads busy until the event is set."""
     go_on, begun, handle = threading.Event(), threading.Semaphore(0), IndexHandle(FakeSearcher())
@@ -155,8 +161,7 @@ def test_those_who_arrive_together_see_one_another_in_the_backlog() -> None:
 
     async def scenario(searches: Searches) -> None:
         handle = IndexHandle(Recorder())
-        for _ in range(60):
-            searches._backlog.learn(1, 0.02)
+        taught(searches, 0.02)
         found = await asyncio.gather(
             *(searches.search(handle, query(i), 3, first, seconds=0.15) for i in range(16)), return_exceptions=True
         )
@@ -338,8 +343,7 @@ def test_a_slow_batch_is_searched_in_parts_and_a_fast_one_nearly_whole() -> None
     async def scenario(searches: Searches) -> None:
         handle = IndexHandle(FakeSearcher())
         expected = [alone(i, 3) for i in range(len(QUERIES))]
-        for _ in range(60):
-            searches._backlog.learn(1, 1e-4)
+        taught(searches, 1e-4)
         assert await searches.search_batch(handle, QUERIES, fast, every) == expected
         assert await searches.search_batch(handle, QUERIES, slow, every) == expected
 
@@ -356,8 +360,7 @@ def test_what_is_left_of_a_batch_whose_caller_went_is_dropped() -> None:
 
     async def scenario(searches: Searches) -> None:
         handle = IndexHandle(FakeSearcher())
-        for _ in range(60):
-            searches._backlog.learn(1, 0.05)
+        taught(searches, 0.05)
         running = asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every))
         assert await asyncio.to_thread(batches.begun.acquire, timeout=20)
         waiting = asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every))
@@ -380,8 +383,7 @@ def test_a_batch_keeps_no_thread_from_what_is_short() -> None:
 
     async def scenario(searches: Searches) -> None:
         handle = IndexHandle(FakeSearcher())
-        for _ in range(60):
-            searches._backlog.learn(1, 0.05)
+        taught(searches, 0.05)
         bulk = [asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every)) for _ in range(2)]
         assert await asyncio.to_thread(batches.begun.acquire, timeout=20)
         # Two batches of two seconds: neither refused for the wait nor answered after it.
@@ -399,8 +401,7 @@ def test_a_batch_that_was_taken_is_not_made_late_by_later_ones() -> None:
 
     async def scenario(searches: Searches) -> None:
         handle, ended = IndexHandle(FakeSearcher()), []
-        for _ in range(60):
-            searches._backlog.learn(1, 0.01)
+        taught(searches, 0.01)
 
         async def one(name: int) -> None:
             await searches.search_batch(handle, QUERIES, Batches(0.01), every)
@@ -422,8 +423,7 @@ def test_what_is_short_is_not_refused_for_batches_that_let_it_pass(queries: int)
 
     async def scenario(searches: Searches) -> None:
         handle = IndexHandle(FakeSearcher())
-        for _ in range(60):
-            searches._backlog.learn(1, 0.05)
+        taught(searches, 0.05)
         bulk = [asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every)) for _ in range(3)]
         assert await asyncio.to_thread(batches.begun.acquire, timeout=20)
         searches.require_in_time(queries, 0.5)
