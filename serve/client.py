@@ -334,7 +334,7 @@ class _Source:
         except Exception as error:  # noqa: BLE001  whatever the caller's own iterator raises is the caller's
             self._error = error
 
-    async def each_as_it_comes(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def each_async(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """Hand on requests that come asynchronously."""
         try:
             async for request in requests:
@@ -515,11 +515,7 @@ class AsyncRetrievalClient:
         self, name: str, method: Callable[..., Any], requests: Iterator[Any] | AsyncIterator[Any]
     ) -> AsyncIterator[Any]:
         source = _Source()
-        handed: Iterator[Any] | AsyncIterator[Any]
-        if isinstance(requests, AsyncIterator):
-            handed = source.each_as_it_comes(requests)
-        else:
-            handed = source.each(requests)
+        handed: Any = source.each_async(requests) if isinstance(requests, AsyncIterator) else source.each(requests)
         try:
             async for answer in method(handed, metadata=self._to.metadata):
                 yield answer

@@ -377,6 +377,31 @@ def test_what_is_left_of_a_batch_whose_caller_went_is_dropped() -> None:
     assert sum(batches.sizes) < 5
 
 
+def test_a_batch_that_was_given_up_gets_no_other_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that looks for work in the moment before it is answered would answer it a second time."""
+    batches, raisable, answered = Batches(0.05), searches_module._raisable, []
+
+    async def scenario(searches: Searches) -> None:
+        def meanwhile(error: BaseException) -> Exception:
+            answered.append(error)
+            if len(answered) == 1:
+                searches._send_parts()
+            return raisable(error)
+
+        monkeypatch.setattr(searches_module, "_raisable", meanwhile)
+        handle = IndexHandle(FakeSearcher())
+        taught(searches, 0.05)
+        batch = asyncio.ensure_future(searches.search_batch(handle, QUERIES, batches, every))
+        assert await asyncio.to_thread(batches.begun.acquire, timeout=20)
+        batch.cancel()
+        await asyncio.gather(batch, return_exceptions=True)
+        for _ in range(2):
+            await searches.run(handle, lambda _: None)
+        assert len(answered) == 1
+
+    run(1, scenario)
+
+
 def test_a_batch_keeps_no_thread_from_what_is_short() -> None:
     """Otherwise as many bulk callers as there are threads shut out everybody else for as long as they like."""
     batches = Batches(0.05)
